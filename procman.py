@@ -1,0 +1,4354 @@
+#!/usr/bin/env python3
+"""procman: durable multi-step background processes in one file, on SQLite.
+
+A process is a list of named steps that pass a JSON object along.  It is queued
+in one SQLite file and run by a runner: from cron, from Task Scheduler, or as a
+daemon.  Whatever is killed, what was acknowledged is still there.
+
+    from procman import ManagedProcess, ProcessManager
+
+    manager = ProcessManager()
+    pid = manager.start_process(
+        ManagedProcess({"resize": "app.images:resize",
+                        "upload": {"command": ["sh", "upload.sh"]}}),
+        {"file": "cat.jpg"})
+
+    $ python procman.py runner          # from cron, once a minute
+    $ python procman.py status "$pid"
+
+The file is a house of ten rooms; each uses only rooms above it (`grep '^# [0-9]'`):
+
+     1 Vocabulary   defaults, errors, the JSON gate
+     2 Model        states, options, step specs, records
+     3 Time         pure functions of a given now
+     4 Platform     what differs between systems
+     5 Store        the only SQL, the one writer of status
+     6 Steps        from a spec to execute(data)
+     7 Worker       the child's side of the pipe
+     8 Manager      what programs call
+     9 Runner       the parent's side of the pipe
+    10 Command line
+
+Three sentences hold the design:
+
+- The worker never opens the database; it gets its work and gives its results as
+  frames, and only the runner writes what it has claimed.
+- Only a transition changes a state, and only `Store.transition` makes one.
+- Every write for a claimed process names the claim; a runner that lost it can no
+  longer write.
+
+Units: `*_at` is wall time in epoch seconds, `*_seconds` is a length.  Underscored
+names stay in their room, plain names are for the rooms below, `__all__` is the
+promise to users.  MIT licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import sqlite3
+import stat
+import sys
+import threading
+import time
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+TYPE_CHECKING = False  # as in typing, whose import would cost each start 4 ms
+if TYPE_CHECKING:
+    import asyncio
+    import logging
+    import subprocess
+    from typing import Any
+
+__version__ = "0.1.0"
+__all__ = [
+    "BadSpec",
+    "BadType",
+    "InterruptingProcessStep",
+    "ManagedProcess",
+    "NotFound",
+    "ProcessCancelled",
+    "ProcessFailed",
+    "ProcessInfo",
+    "ProcessManager",
+    "ProcessStep",
+    "ProcmanError",
+    "Runner",
+    "StepExecutor",
+    "StorageError",
+    "WaitTimeout",
+    "WrongState",
+    "current",
+]
+
+# ===========================================================================
+# 1. Vocabulary: defaults with their reasons, errors, the JSON gate
+# ===========================================================================
+#
+# Words and numbers that every room may use.  Knows no room.
+
+BUSY_SECONDS = 10.0  # a command waits this long for the write lock, then exit 5
+POLL_SECONDS = 1.0  # a runner looks this often, even if no doorbell rings
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+KEEP_SECONDS = 30 * 86400.0  # final processes older than this are pruned
+PRUNE_SECONDS = 3600.0  # ... by a waiting runner, this often
+GROUP_SIZE = 64  # results that share one commit, and so one fsync
+GROUP_SECONDS = 0.005  # ... and how late that may make the first of them
+AHEAD_SECONDS = 0.005  # a worker is handed at most this much work at once
+STALL_SECONDS = 0.05  # what waits behind a longer step is taken back
+MAX_CRASHES = 3  # a process that took so many runners along is an error
+MAX_SPAWN_FAILURES = 5  # workers that never came up, in a row: the runner ends
+MAX_STEPS = 10_000  # of one process
+MAX_NAME = 200  # characters of a step's or a process's name
+MAX_JSON_BYTES = 64 << 20  # of one process's data
+MAX_JSON_DEPTH = 200  # of brackets; Python's own parser gives up near 1,000
+MAX_TRACEBACK = 16 << 10  # characters kept of one traceback
+MAX_MESSAGE = 4 << 10  # characters kept of one error message
+OUTPUT_HEAD_BYTES = 64 << 10  # what is kept of a process's output: the first ...
+OUTPUT_TAIL_BYTES = 1 << 20  # ... and the last; the cut between is counted
+WAL_BYTES = 4 << 20  # the write-ahead log is checkpointed when it is longer
+WORKER_COMMAND = "worker"  # by which the runner starts a worker
+PID_LENGTH = 32  # hex digits of a pid ...
+PID_PREFIX_LENGTH = 6  # ... and of the shortest prefix that may stand for it
+
+# Exit codes of the command line, an interface.
+DONE, FAILED, USAGE, NOT_FOUND, WRONG_STATE, STORAGE = 0, 1, 2, 3, 4, 5
+INTERRUPTED_EXIT, TIMED_OUT_EXIT = 6, 124
+
+
+class ProcmanError(Exception):
+    """What procman refuses or reports; `exit_code` is the command line's."""
+
+    exit_code = FAILED
+
+
+class BadSpec(ProcmanError, ValueError):
+    """Steps, options or data that cannot be taken; the text names the place."""
+
+    exit_code = USAGE
+
+
+class BadType(BadSpec, TypeError):
+    """The same, where the type is what is wrong."""
+
+
+class NotFound(ProcmanError, LookupError):
+    """No such process, or no database yet."""
+
+    exit_code = NOT_FOUND
+
+
+class WrongState(ProcmanError):
+    """The process is not in a state from which this can happen."""
+
+    exit_code = WRONG_STATE
+
+    def __init__(self, pid: str, verb: str, status: str, sources: Iterable[str]):
+        needs = " or ".join(sorted(sources))
+        super().__init__(
+            f"cannot {verb} process {pid}: it is {status}, {verb} needs {needs}"
+        )
+        self.pid, self.verb, self.status = pid, verb, status
+
+
+class StorageError(ProcmanError):
+    """The database is locked, full, damaged, replaced or not ours."""
+
+    exit_code = STORAGE
+
+
+class Busy(StorageError):
+    """Another program holds the write lock."""
+
+
+class ProcessFailed(ProcmanError):
+    """A process that was waited for ended as error or timeout; see `.info`."""
+
+    def __init__(self, info: ProcessInfo):
+        error = info.error or {}
+        super().__init__(
+            f"process {info.pid} ended as {info.status} in step"
+            f" {error.get('step')!r}: {error.get('type')}: {error.get('message')}"
+        )
+        self.info = info
+
+
+class ProcessCancelled(ProcmanError):
+    """A process that was waited for was cancelled; see `.info`."""
+
+    def __init__(self, info: ProcessInfo):
+        super().__init__(f"process {info.pid} was cancelled")
+        self.info = info
+
+
+class WaitTimeout(ProcmanError, TimeoutError):
+    """The wait's own timeout passed; the process goes on."""
+
+    exit_code = TIMED_OUT_EXIT
+
+
+def _place(path: Any) -> str:
+    """`data.rows[3].name`, from the linked pairs that `_check` hands down."""
+    if isinstance(path, str):
+        return path
+    parent, key = path
+    if isinstance(key, int):
+        return f"{_place(parent)}[{key}]"
+    return f"{_place(parent)}.{shorten(key, 60)}"
+
+
+def _check(value: Any, path: Any, depth: int) -> None:
+    """Refuse what JSON cannot carry from any system to any other and back."""
+    if depth > MAX_JSON_DEPTH:
+        raise BadSpec(f"{_place(path)[:99]} is nested deeper than {MAX_JSON_DEPTH}")
+    if isinstance(value, str):
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise BadSpec(f"{_place(path)} has a lone surrogate: not valid Unicode")
+    elif value is None or isinstance(value, bool):
+        pass
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise BadSpec(f"{_place(path)} is an integer beyond 64 bits: use a string")
+    elif isinstance(value, float):
+        if not -1.8e308 < value < 1.8e308:
+            raise BadSpec(f"{_place(path)} is {value}: JSON has no such number")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise BadType(f"{_place(path)} has the key {key!r}: keys are strings")
+            _check(key, (path, key), depth)
+            _check(item, (path, key), depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check(item, (path, index), depth + 1)
+    else:
+        raise BadType(
+            f"{_place(path)} is a {type(value).__name__}, which JSON cannot carry"
+        )
+
+
+def to_json(value: Any, where: str = "data") -> str:
+    """The JSON text of `value`, or BadSpec/BadType naming the place in it.
+
+    The one gate at every entrance: no NaN, no lone surrogates, no integer beyond
+    64 bits, keys are strings, depth and size are bounded.
+    """
+    _check(value, where, 0)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if len(text) * 4 > MAX_JSON_BYTES and len(text.encode()) > MAX_JSON_BYTES:
+        raise BadSpec(f"{where} is larger than {MAX_JSON_BYTES >> 20} MiB")
+    return text
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise BadSpec(f"the key {shorten(twice, 60)!r} stands twice in one object")
+    return found
+
+
+def from_json(text: str | bytes, where: str = "data") -> Any:
+    """The value of a JSON text from outside, as strict as `to_json`."""
+    try:
+        if len(text) > MAX_JSON_BYTES:
+            raise BadSpec(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise BadSpec(f"{where} is nested deeper than {MAX_JSON_DEPTH}") from None
+    except ValueError as error:
+        raise BadSpec(f"{where} is not valid JSON: {error}") from None
+    _check(value, where, 0)
+    return value
+
+
+def check_object(value: Any, where: str = "data") -> dict[str, Any]:
+    """`value` if it is a dict, which is what passes between steps."""
+    if not isinstance(value, dict):
+        raise BadType(f"{where} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` with its middle cut out when it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = max(1, limit // 2 - 8)
+    return f"{text[:half]}[... {len(text) - 2 * half} cut ...]{text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: output cannot steer a terminal."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda match: match.group().encode("unicode_escape").decode(),
+        text,
+    )
+
+
+def timestamp(at: float | None) -> str | None:
+    """Epoch seconds as 14 digits of UTC, `20220209125814`."""
+    if at is None:
+        return None
+    return time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
+
+
+def log() -> logging.Logger:
+    """The logger of this library; what it shows is the application's choice."""
+    import logging
+
+    return logging.getLogger("procman")
+
+
+# ===========================================================================
+# 2. Model: states, transitions, options, step specs, records
+# ===========================================================================
+#
+# Shapes and their checks.  No I/O, no clock.
+
+QUEUED = "queued"
+RUNNING = "running"
+INTERRUPTED = "interrupted"
+WAITING = "waiting"
+FINISHED = "finished"
+ERROR = "error"
+TIMEOUT = "timeout"
+CANCELLED = "cancelled"
+
+OPEN_STATES = (QUEUED, RUNNING, INTERRUPTED, WAITING)
+FINAL_STATES = (FINISHED, ERROR, TIMEOUT, CANCELLED)
+STATES = OPEN_STATES + FINAL_STATES
+
+TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {  # event: (from, to)
+    "claim": ((QUEUED,), RUNNING),
+    "give_back": ((RUNNING,), QUEUED),  # runner stopped: nothing charged
+    "retry": ((RUNNING,), QUEUED),  # attempt + 1, due later
+    "recover": ((RUNNING,), QUEUED),  # owner proved dead: crashes + 1
+    "interrupt": ((RUNNING,), INTERRUPTED),
+    "proceed": ((INTERRUPTED,), QUEUED),
+    "finish": ((RUNNING, QUEUED, INTERRUPTED), FINISHED),  # no step left
+    "fail": ((RUNNING,), ERROR),
+    "time_out": ((RUNNING,), TIMEOUT),
+    "cancel": (OPEN_STATES, CANCELLED),
+}
+
+DEFAULT_QUEUE = "default"
+_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_MAX_LENGTH = 1e10  # seconds, 317 years: a longer one is a mistake
+
+
+def seconds(value: Any, where: str, *, least: float = 0) -> float:
+    """A length in seconds, from a number or a text like `90s 5m 2h 1d`."""
+    if isinstance(value, str):
+        match = _LENGTH.fullmatch(value.strip())
+        try:
+            length = float(match[1]) * _SECONDS[match[2]] if match else float(value)
+        except ValueError:
+            raise BadSpec(
+                f"{where} must be seconds or a text like 90s, 5m, 2h, 1d,"
+                f" not {shorten(value, 40)!r}"
+            ) from None
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        length = value
+    else:
+        raise BadType(
+            f"{where} must be seconds or a text like 5m, not {type(value).__name__}"
+        )
+    if not least <= length <= _MAX_LENGTH:
+        raise BadSpec(f"{where} must be {least:g} to {_MAX_LENGTH:g} s, not {length:g}")
+    return float(length)
+
+
+def _number(value: Any, where: str, low: float, high: float, whole: bool) -> Any:
+    kinds = int if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "a whole number" if whole else "a number"
+        raise BadType(f"{where} must be {kind}, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise BadSpec(f"{where} must be {low:g} to {high:g}, not {shorten(str(value), 40)}")
+    return value
+
+
+def check_text(value: Any, where: str, limit: int = MAX_NAME) -> str:
+    """`value` if it is a text that can stand on one line of a terminal."""
+    if not isinstance(value, str):
+        raise BadType(f"{where} must be a text, not {type(value).__name__}")
+    if not value or len(value) > limit or not value.isprintable():
+        raise BadSpec(
+            f"{where} must be 1 to {limit} printable characters,"
+            f" not {shorten(value, 40)!r}"
+        )
+    return value
+
+
+def check_queue(value: Any, where: str = "queue") -> str:
+    """A queue's name: it becomes part of a file name, so it is kept plain."""
+    if not _QUEUE.fullmatch(check_text(value, where)):
+        raise BadSpec(f"{where} may hold letters, digits and _ . - only, not {value!r}")
+    return str(value)
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    for key, item in check_object(value, where).items():
+        check_text(key, f"a key of {where}")
+        if isinstance(item, (dict, list, tuple)):
+            raise BadType(f"{where}.{key} must be a text or a number: it is an argument")
+    return dict(value)
+
+
+def _choice(*words: str) -> Callable[[Any, str], str]:
+    def check(value: Any, where: str) -> str:
+        if value not in words:
+            raise BadSpec(f"{where} must be one of {', '.join(words)}, not {value!r}")
+        return str(value)
+
+    return check
+
+
+class Option(namedtuple("Option", "default check shown help")):
+    """One process option: its default, the check that normalises it, its words.
+
+    `shown` is the metavar of the command line.  A default of None means "not set".
+    """
+
+    __slots__ = ()
+
+
+OPTIONS: dict[str, Option] = {
+    "name": Option(None, check_text, "TEXT", "a name for people and filters"),
+    "queue": Option(DEFAULT_QUEUE, check_queue, "NAME", "the queue it waits in"),
+    "priority": Option(
+        0,
+        lambda value, where: _number(value, where, -(2**31), 2**31, whole=True),
+        "N",
+        "higher goes first",
+    ),
+    "at": Option(
+        None,
+        lambda value, where: value,  # read by `due_at`, which knows calendars
+        "TIME",
+        "not before: epoch seconds, ISO 8601 with zone, or 14 digits UTC",
+    ),
+    "delay": Option(None, seconds, "LENGTH", "not before so long from now"),
+    "timeout": Option(
+        None,
+        lambda value, where: seconds(value, where, least=0.001),
+        "LENGTH",
+        "end an attempt that runs longer",
+    ),
+    "retry": Option(
+        0,
+        lambda value, where: _number(value, where, -1, 2**31, whole=True),
+        "N",
+        "try again N times after a failure; -1: for ever",
+    ),
+    "retry_interval": Option(300.0, seconds, "LENGTH", "before the first retry"),
+    "backoff": Option(
+        1.0,
+        lambda value, where: float(_number(value, where, 1, 1000, whole=False)),
+        "FACTOR",
+        "each retry interval is so many times the last",
+    ),
+    "on_lost": Option(
+        "retry",
+        _choice("retry", "ask", "error"),
+        "retry|ask|error",
+        "what to do when the runner died in a step",
+    ),
+    "args": Option(
+        {}, _arguments, "JSON", "an object; its items reach sys.argv as --key value"
+    ),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, normalised; None means not set.  Strict about names and types."""
+    checked = {}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            known = ", ".join(sorted(OPTIONS))
+            raise BadType(f"unknown option {shorten(str(name), 60)!r}; known: {known}")
+        if value is not None:
+            checked[name] = OPTIONS[name].check(value, name)
+    if "at" in checked and "delay" in checked:
+        raise BadSpec("give one of at and delay, not both")
+    return checked
+
+
+_COMMON_KEYS = {"timeout", "interrupt", "env", "cwd"}
+_BUILT_KEYS = {"args", "kwargs", "services"}
+FORMS: dict[str, set[str]] = {  # the key that names a form: what else it may have
+    "class": _BUILT_KEYS,
+    "factory": _BUILT_KEYS,
+    "call": set(),
+    "command": {"output"},
+    "shell": {"output"},
+}
+_REFERENCE = re.compile(r"(?s)(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.+\.py):[^\W\d][\w.]*")
+
+
+def _check_reference(value: Any, where: str) -> None:
+    check_text(value, where, 4096)
+    if not _REFERENCE.fullmatch(value):
+        raise BadSpec(
+            f"{where} must be package.module:name or path/to/file.py:name,"
+            f" not {shorten(value, 80)!r}"
+        )
+
+
+def _check_strings(value: Any, where: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise BadType(f"{where} must be a list of texts, not {type(value).__name__}")
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            raise BadType(f"{where}[{index}] must be a text, not {type(item).__name__}")
+        if "\0" in item:
+            raise BadSpec(f"{where}[{index}] has a NUL character")
+
+
+def _check_environment(value: Any, where: str) -> None:
+    for name, item in check_object(value, where).items():
+        if not name or "=" in name or "\0" in name:
+            raise BadSpec(f"{where} has {shorten(name, 40)!r}: not a variable's name")
+        if item is not None and not isinstance(item, str):
+            raise BadType(f"{where}.{name} must be a text, or null to unset it")
+        if item and "\0" in item:
+            raise BadSpec(f"{where}.{name} has a NUL character")
+
+
+def _check_key(key: str, value: Any, where: str) -> None:
+    """One key of a step spec; which keys there may be is settled already."""
+    if key in ("class", "factory", "call"):
+        _check_reference(value, where)
+    elif key == "command":
+        _check_strings(value, where)
+        if not value or not value[0]:
+            raise BadSpec(f"{where} is empty: name a program")
+    elif key in ("services", "shell", "cwd"):
+        _check_strings(value if key == "services" else [value], where)
+    elif key == "args" and not isinstance(value, (list, tuple)):
+        raise BadType(f"{where} must be a list, not {type(value).__name__}")
+    elif key == "kwargs":
+        check_object(value, where)
+    elif key == "env":
+        _check_environment(value, where)
+    elif key == "interrupt" and not isinstance(value, bool):
+        raise BadType(f"{where} must be true or false")
+    elif key == "output":
+        _choice("text", "json")(value, where)
+    elif key == "timeout":
+        seconds(value, where, least=0.001)
+
+
+def check_step(spec: Any, where: str) -> None:
+    """Refuse a bad step spec with its path in the JSON.
+
+    Whether the code that it names exists is found when the step is reached.
+    """
+    if isinstance(spec, str):
+        _check_reference(spec, where)
+        return
+    if not isinstance(spec, dict):
+        hint = ": name it as 'module:Name'" if callable(spec) else ""
+        raise BadType(
+            f"{where} must be a text or an object, not {type(spec).__name__}{hint}"
+        )
+    forms = [key for key in spec if key in FORMS]
+    if len(forms) != 1:
+        raise BadSpec(f"{where} needs exactly one of {', '.join(FORMS)}")
+    for key, value in spec.items():
+        if key != forms[0] and key not in _COMMON_KEYS | FORMS[forms[0]]:
+            known = ", ".join(sorted(_COMMON_KEYS | FORMS[forms[0]]))
+            raise BadSpec(
+                f"{where} has the unknown key {shorten(str(key), 60)!r};"
+                f" beside {forms[0]}: {known}"
+            )
+        _check_key(key, value, f"{where}.{key}")
+
+
+class ManagedProcess:
+    """What to run: ordered named steps, and options (see OPTIONS).
+
+    `steps` maps names to specs.  Bad ones raise BadSpec or BadType here, before
+    anything is stored, with their path in the JSON.
+    """
+
+    def __init__(self, steps: Mapping[str, Any], **options: Any):
+        check_object(steps, "steps")
+        if len(steps) > MAX_STEPS:
+            raise BadSpec(f"steps has {len(steps)} steps, more than {MAX_STEPS}")
+        for name, spec in steps.items():
+            check_text(name, "the name of a step")
+            check_step(spec, f"steps.{name}")
+        self.steps = dict(steps)
+        self.options = check_options(options)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={self.options[name]!r}" for name in self.options)
+        return f"ManagedProcess({self.steps!r}{options})"
+
+
+class Definition:
+    """What stays the same over the life of a process, parsed once.
+
+    `steps` is a list of (name, spec); `directory` is where `start` was called.
+    """
+
+    def __init__(self, text: str):
+        content = json.loads(text)
+        self.steps: list[tuple[str, Any]] = list(content["steps"].items())
+        self.options: dict[str, Any] = content["options"]
+        self.directory: str = content["directory"]
+        self._orders: dict[int, str] = {}
+
+    @staticmethod
+    def text(process: ManagedProcess, options: dict[str, Any], directory: str) -> str:
+        """The text that is stored; equal processes share one."""
+        kept = {
+            name: options[name]
+            for name in ("timeout", "retry", "retry_interval", "backoff", "on_lost", "args")
+            if name in options and options[name] != OPTIONS[name].default
+        }
+        return to_json(
+            {"steps": process.steps, "options": kept, "directory": directory}, "steps"
+        )
+
+    def option(self, name: str) -> Any:
+        """The value of an option, or its default."""
+        return self.options.get(name, OPTIONS[name].default)
+
+    def retry_left(self, attempt: int) -> int:
+        """Retries that remain after `attempt`; -1: endless."""
+        retry: int = self.option("retry")
+        return retry if retry < 0 else max(0, retry - (attempt - 1))
+
+    def step_name(self, index: int) -> str | None:
+        """The name of a step, None past the last."""
+        return self.steps[index][0] if index < len(self.steps) else None
+
+    def step_timeout(self, index: int) -> float | None:
+        """Seconds that a step may take, None for any."""
+        spec = self.steps[index][1]
+        length = spec.get("timeout") if isinstance(spec, dict) else None
+        return None if length is None else seconds(length, "timeout")
+
+    def order(self, index: int) -> str:
+        """The constant part of a step's order to a worker: JSON without its brace."""
+        if index not in self._orders:
+            name, spec = self.steps[index]
+            self._orders[index] = to_json(
+                {
+                    "step": name,
+                    "index": index,
+                    "spec": spec,
+                    "directory": self.directory,
+                    "args": self.option("args"),
+                }
+            )[:-1]
+        return self._orders[index]
+
+
+class Held(
+    namedtuple(
+        "Held", "id pid claim attempt crashes step_index definition data deadline"
+    )
+):
+    """A process as it was when this runner claimed it.
+
+    `data` is the input of its step as JSON text; `deadline` is the monotonic time
+    at which its timeout ends it, or None.
+    """
+
+    __slots__ = ()
+
+
+class Outcome(
+    namedtuple("Outcome", "ending data error output cut", defaults=(None, None, b"", 0))
+):
+    """How one step ended, before anyone judged it.
+
+    `ending` is done, interrupt, error, timeout, cancelled or stopped; `data` is
+    JSON text, None to pass the input on; `output` is what it printed, less `cut`
+    bytes in the middle.
+    """
+
+    __slots__ = ()
+
+
+def make_error(step: str | None, kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """The record of a failure: `{step, type, message, traceback, exit_code, signal}`."""
+    return {
+        "step": step,
+        "type": kind,
+        "message": shorten(message, MAX_MESSAGE),
+        "traceback": more.get("traceback"),
+        "exit_code": more.get("exit_code"),
+        "signal": more.get("signal"),
+    }
+
+
+_TIMES = ("created_at", "started_at", "finished_at", "due_at")
+_INFO_FIELDS = (
+    "pid name status created_at started_at finished_at due_at output error step steps"
+    " progress attempt crashes retry_left queue priority timeout parent children series"
+    " exit_code"
+)
+
+
+class ProcessInfo(namedtuple("ProcessInfo", _INFO_FIELDS)):
+    """A process as it was when it was read.
+
+    Times are epoch seconds (in `to_json` 14 digits UTC), None before they happen.
+    `output` is a dict once it is finished, and what waits while it is interrupted.
+    `error` is `{step, type, message, traceback, exit_code, signal}`; `steps` maps
+    each name to its state, in order (`queued`: not begun).
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def from_row(cls, row: sqlite3.Row, definition: Definition) -> ProcessInfo:
+        """The record of a row of `process`, joined with its waiting data."""
+        status, index = row["status"], row["step_index"]
+        error = json.loads(row["error"]) if row["error"] else None
+        states = [FINISHED] * index + [status]
+        if status == INTERRUPTED and not error:  # the step before has been run
+            states = [FINISHED] * (index - 1) + [INTERRUPTED]
+        states += [QUEUED] * len(definition.steps)
+        shows_data = status in (FINISHED, INTERRUPTED) and row["data"] is not None
+        code = 0 if status == FINISHED else (error or {}).get("exit_code") or 1
+        return cls(
+            **{name: row[name] for name in ("pid", "name", "status", *_TIMES)},
+            output=json.loads(row["data"]) if shows_data else None,
+            error=error,
+            step=definition.step_name(index),
+            steps=dict(zip((name for name, _ in definition.steps), states)),
+            progress=json.loads(row["progress"]) if row["progress"] else None,
+            attempt=row["attempt"],
+            crashes=row["crashes"],
+            retry_left=definition.retry_left(row["attempt"]),
+            queue=row["queue"],
+            priority=row["priority"],
+            timeout=definition.option("timeout"),
+            parent=None,
+            children=None,
+            series=None,
+            exit_code=code if status in FINAL_STATES else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for `json.dumps`, in the order that `status` prints."""
+        return {**self._asdict(), **{name: timestamp(getattr(self, name)) for name in _TIMES}}
+
+
+def check_pid(pid: Any) -> str:
+    """`pid` if it can be one, before it touches SQL or a path."""
+    if not isinstance(pid, str):
+        raise BadType(f"a pid must be a text, not {type(pid).__name__}")
+    if not re.fullmatch(f"[0-9a-f]{{{PID_PREFIX_LENGTH},{PID_LENGTH}}}", pid):
+        raise NotFound(
+            f"no process {shorten(pid, 40)!r}: a pid is {PID_LENGTH} hex digits,"
+            f" or {PID_PREFIX_LENGTH} and more of its first"
+        )
+    return pid
+
+
+# ===========================================================================
+# 3. Time: pure functions of a given now
+# ===========================================================================
+#
+# When something is due, and what an outcome causes.  No clock, no chance, no I/O.
+
+_MAX_RETRY_DELAY = 86400.0
+_FOURTEEN = re.compile(r"\d{14}")
+
+
+def parse_at(value: Any) -> float:
+    """Epoch seconds, from a number, ISO 8601 with zone, or 14 digits UTC."""
+    import datetime
+
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        moment = float(value)
+    elif isinstance(value, str):
+        text = value.strip()
+        try:
+            if _FOURTEEN.fullmatch(text):
+                when = datetime.datetime.strptime(text + "+0000", "%Y%m%d%H%M%S%z")
+            elif re.fullmatch(r"\d+(\.\d+)?", text):
+                when = datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc)
+            else:
+                # Python reads a final Z from 3.11 on only.
+                when = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+        except (ValueError, OverflowError, OSError):
+            raise BadSpec(
+                "at must be epoch seconds, ISO 8601 with a zone or 14 digits UTC,"
+                f" not {shorten(text, 40)!r}"
+            ) from None
+        if when.tzinfo is None:
+            raise BadSpec(f"at has no time zone: write {text}Z or {text}+01:00")
+        moment = when.timestamp()
+    else:
+        raise BadType(f"at must be a time, not {type(value).__name__}")
+    if not 0 <= moment <= 253402300799:  # the last second with a four-digit year
+        raise BadSpec(f"at must lie between 1970 and 9999, not {shorten(str(value), 40)}")
+    return moment
+
+
+def due_at(options: Mapping[str, Any], now: float) -> float:
+    """From when on a process with these options may be claimed."""
+    if options.get("at") is not None:
+        return parse_at(options["at"])
+    return now + (options.get("delay") or 0)
+
+
+def retry_delay(attempt: int, interval: float, backoff: float) -> float:
+    """Seconds from the failure of `attempt` to the next, a day at most."""
+    try:
+        return min(_MAX_RETRY_DELAY, interval * backoff ** (attempt - 1))
+    except OverflowError:
+        return _MAX_RETRY_DELAY
+
+
+def event_after(ending: str, *, last: bool, retry_left: int) -> str:
+    """What a step's ending causes: an event, or `step` where the process goes on."""
+    if ending == "done":
+        return "finish" if last else "step"
+    if ending in ("error", "timeout") and retry_left:
+        return "retry"
+    return {
+        "interrupt": "interrupt",
+        "error": "fail",
+        "timeout": "time_out",
+        "cancelled": "cancel",
+        "stopped": "give_back",
+    }[ending]
+
+
+def poll_delay(turn: int) -> float:
+    """Seconds before a waiter looks again: 1 ms at first, 50 ms in the end."""
+    return min(0.05, 0.001 * 1.2 ** min(turn, 40))
+
+
+# ===========================================================================
+# 4. Platform: what differs between systems
+# ===========================================================================
+#
+# The only room that asks which system this is: locks, trees of processes, private
+# files, signals.  Both sides of the fork have the same names in the same order.
+
+TREE_VARIABLE = "PROCMAN_TREE"  # in the environment of all that a worker starts
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _WINDOWS = True
+
+    def try_lock(fd: int) -> bool:
+        """Lock an open file for this process's life, or say at once that it is held."""
+        os.lseek(fd, 0, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def boot_id() -> str:
+        """The same text until the machine starts anew."""
+        import ctypes
+
+        ticks = ctypes.windll.kernel32.GetTickCount64
+        ticks.restype = ctypes.c_ulonglong
+        return str(round(time.time() - ticks() / 1000, -2))
+
+    def spawn_options() -> dict[str, Any]:
+        """For a child that a Ctrl-C meant for its parent does not reach."""
+        import subprocess
+
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+
+    def start_time(os_pid: int) -> str:
+        """What tells a process from a later one with its number (not needed here)."""
+        return ""
+
+    class Tree:
+        """A worker and all that it started: a job object that dies with its owner."""
+
+        def __init__(self, os_pid: int, token: str):
+            import ctypes
+            from ctypes import wintypes
+
+            self._kernel = kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+            for function in (kernel.CreateJobObjectW, kernel.OpenProcess):
+                function.restype = wintypes.HANDLE
+            # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which one flag matters here:
+            # LimitFlags, 16 bytes in, gets JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE.
+            limits = (ctypes.c_ulong * 36)()
+            limits[4] = 0x2000
+            self._job = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))
+            kernel.SetInformationJobObject(
+                self._job, 9, ctypes.byref(limits), ctypes.sizeof(limits)
+            )
+            # PROCESS_SET_QUOTA and PROCESS_TERMINATE, as AssignProcess... wants.
+            process = wintypes.HANDLE(kernel.OpenProcess(0x0101, False, os_pid))
+            kernel.AssignProcessToJobObject(self._job, process)
+            kernel.CloseHandle(process)
+
+        def alive(self) -> bool:
+            """Whether anything of it is left."""
+            import ctypes
+
+            counts = (ctypes.c_ulong * 12)()  # the 10th is ActiveProcesses
+            self._kernel.QueryInformationJobObject(
+                self._job, 1, ctypes.byref(counts), ctypes.sizeof(counts), None
+            )
+            return bool(counts[10])
+
+        def terminate(self) -> None:
+            """Windows knows no polite request to a tree: the same as `kill`."""
+            self.kill()
+
+        def kill(self) -> None:
+            """End all of it at once."""
+            self._kernel.TerminateJobObject(self._job, 1)
+
+        def close(self) -> None:
+            """Forget it; what is left of it ends."""
+            if self._job:
+                self._kernel.CloseHandle(self._job)
+            self._job = None
+
+    def kill_stray(os_pid: int, born: str, token: str) -> None:
+        """A dead runner's workers: its job objects have ended them already."""
+
+    def adopt_orphans() -> None:
+        """Be the parent of what daemonises below here (a job object holds it anyway)."""
+
+    def children_left() -> bool:
+        """Whether this process has started what still runs."""
+        import ctypes
+
+        counts = (ctypes.c_ulong * 12)()
+        asked = ctypes.windll.kernel32.QueryInformationJobObject(
+            None, 1, ctypes.byref(counts), ctypes.sizeof(counts), None
+        )
+        # A virtual environment's python.exe is a launcher that waits for the real one.
+        own = 1 if sys.prefix == sys.base_prefix else 2
+        return bool(asked) and counts[10] > own
+
+    def kill_children() -> None:
+        """End what this process has started: its job object does, with the runner."""
+
+    def private_file(path: str, flags: int) -> int:
+        """Open a file that nobody else may read; return its descriptor."""
+        if flags & os.O_APPEND:
+            # The C library's O_APPEND is not the system's: a child would overwrite.
+            import _winapi
+
+            # FILE_APPEND_DATA and SYNCHRONIZE; shared for all; opened or made.
+            handle = _winapi.CreateFile(path, 0x00100004, 7, 0, 4, 0x80, 0)
+            return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_BINARY)
+        return os.open(path, flags | os.O_BINARY | os.O_NOINHERIT, 0o600)
+
+    def unsafe(path: str, *, directory: bool = False) -> str | None:
+        """Why this path must not be trusted, None if nothing speaks against it."""
+        if os.path.islink(path):
+            return "is a symbolic link"
+        if not directory and not os.path.isfile(path):
+            return "is not a regular file"
+        return None
+
+    def stop_signals() -> tuple[int, ...]:
+        """The signals that ask a runner to stop."""
+        import signal
+
+        return (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM)
+
+else:
+    import fcntl
+
+    _WINDOWS = False
+
+    def try_lock(fd: int) -> bool:
+        """Lock an open file for this process's life, or say at once that it is held."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def boot_id() -> str:
+        """The same text until the machine starts anew."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            return _ask("sysctl", "-n", "kern.boottime")
+
+    def spawn_options() -> dict[str, Any]:
+        """For a child that leads a session of its own."""
+        return {"start_new_session": True}
+
+    def _ask(*command: str) -> str:
+        """What a system's tool says, where there is no /proc."""
+        import subprocess
+
+        try:
+            return subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+            ).stdout.decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def _processes() -> dict[int, tuple[int, int]]:
+        """{os_pid: (parent, session or group)} of all that run here, less the dead."""
+        found = {}
+        if not os.path.isdir("/proc/self"):
+            for line in _ask("ps", "-A", "-o", "pid=,ppid=,pgid=,stat=").splitlines():
+                fields = line.split()
+                if len(fields) == 4 and not fields[3].startswith("Z"):
+                    found[int(fields[0])] = (int(fields[1]), int(fields[2]))
+            return found
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+                    if fields[0] not in b"ZX":
+                        found[int(entry)] = (int(fields[1]), int(fields[3]))
+        return found
+
+    def _carries(os_pid: int, token: str) -> bool:
+        """Whether a process has inherited a worker's token (Linux only)."""
+        try:
+            with open(f"/proc/{os_pid}/environ", "rb") as file:
+                return f"{TREE_VARIABLE}={token}\0".encode() in file.read()
+        except OSError:
+            return False
+
+    def _members(os_pid: int, token: str) -> list[int]:
+        """A worker and what it started, also what has left its parent or session."""
+        table = _processes()
+        tree = {
+            member
+            for member, (_, session) in table.items()
+            if os_pid in (member, session) or (token and _carries(member, token))
+        }
+        grown = True
+        while grown:
+            below = {member for member, (parent, _) in table.items() if parent in tree}
+            grown = not below <= tree
+            tree |= below
+        return sorted(tree - {os.getpid()})
+
+    def _signal_all(members: Iterable[int], number: int) -> None:
+        for member in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(member, number)
+
+    def _kill_members(os_pid: int, token: str) -> None:
+        import signal
+
+        for _ in range(20):  # what forks while it is looked at is seen the next time
+            members = _members(os_pid, token)
+            if not members:
+                return
+            _signal_all(members, signal.SIGKILL)
+            time.sleep(0.001)
+
+    def start_time(os_pid: int) -> str:
+        """What tells a process from a later one with its number; '' if it is gone."""
+        try:
+            with open(f"/proc/{os_pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].split()[19].decode()
+        except OSError:
+            if os.path.isdir("/proc/self"):
+                return ""
+            return _ask("ps", "-o", "lstart=", "-p", str(os_pid)).strip()
+
+    class Tree:
+        """A worker and all that it started."""
+
+        def __init__(self, os_pid: int, token: str):
+            self._os_pid, self._token = os_pid, token
+
+        def alive(self) -> bool:
+            """Whether anything of it is left."""
+            return bool(_members(self._os_pid, self._token))
+
+        def terminate(self) -> None:
+            """Ask all of it to end: SIGTERM."""
+            import signal
+
+            _signal_all(_members(self._os_pid, self._token), signal.SIGTERM)
+
+        def kill(self) -> None:
+            """End all of it at once: SIGKILL."""
+            _kill_members(self._os_pid, self._token)
+
+        def close(self) -> None:
+            """Forget it."""
+
+    def kill_stray(os_pid: int, born: str, token: str) -> None:
+        """End what is left of a dead runner's worker, never by its number alone."""
+        own = bool(born) and start_time(os_pid) == born
+        _kill_members(os_pid if own else 0, token)
+
+    def adopt_orphans() -> None:
+        """Be the parent of what daemonises below here, where the system can (Linux)."""
+        if os.path.isdir("/proc/self"):
+            import ctypes
+
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+    def children_left() -> bool:
+        """Whether this process has started what still runs; the dead are reaped."""
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return False
+        return True
+
+    def kill_children() -> None:
+        """End what this process has started, and what that has started."""
+        _kill_members(os.getpid(), os.environ.get(TREE_VARIABLE, ""))
+
+    def private_file(path: str, flags: int) -> int:
+        """Open a file that nobody else may read; return its descriptor."""
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def unsafe(path: str, *, directory: bool = False) -> str | None:
+        """Why this path must not be trusted, None if nothing speaks against it."""
+        found = os.stat(path) if directory else os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            return "is a symbolic link"
+        if not directory and not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
+        if not directory and found.st_nlink > 1:
+            return "has a second name (a hard link)"
+        if found.st_uid != os.geteuid() and not (directory and found.st_uid == 0):
+            return f"belongs to another user (uid {found.st_uid})"
+        if found.st_mode & 0o022:
+            return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+        return None
+
+    def stop_signals() -> tuple[int, ...]:
+        """The signals that ask a runner to stop."""
+        import signal
+
+        return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class LockFile:
+    """A file whose lock says that its holder lives; it ends with the process.
+
+    Raises StorageError if the file is not ours to trust.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock; False if somebody holds it."""
+        try:
+            fd = private_file(self.path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = unsafe(self.path) if os.path.lexists(self.path) else None
+            raise StorageError(
+                f"cannot open the lock {self.path}: {reason or error.strerror}"
+            ) from None
+        reason = unsafe(self.path) if os.path.lexists(self.path) else None
+        if reason:
+            os.close(fd)
+            raise StorageError(f"the lock {self.path} {reason}: remove it")
+        if not try_lock(fd):
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock back; with `remove` the file goes too."""
+        if self._fd is None:
+            return
+        if remove and not _WINDOWS:  # while it is held: nobody can hold the next one
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        os.close(self._fd)
+        self._fd = None
+        if remove and _WINDOWS:  # an open file cannot be removed there
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+class OutputFile:
+    """What a worker's step prints, in a private file that begins with the pid.
+
+    Never longer than a few times what is kept: `trim` cuts the middle out.
+    """
+
+    HEADER = PID_LENGTH + 1
+    KEPT = OUTPUT_HEAD_BYTES + OUTPUT_TAIL_BYTES
+
+    def __init__(self, path: str):
+        self.path = path
+        self._fd = -1
+
+    def create(self) -> int:
+        """Make the file; return a descriptor that appends, for the child."""
+        self.remove()
+        return private_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+
+    def begin(self, pid: str) -> None:
+        """Start anew for the next step, with its process's pid in front."""
+        if self._fd < 0:  # beside the one that appends, which may do no more than that
+            self._fd = private_file(self.path, os.O_RDWR)
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        os.write(self._fd, pid.encode() + b"\n")
+
+    def read(self) -> tuple[str, bytes]:
+        """(pid, what it has printed so far)."""
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(self.HEADER + OUTPUT_HEAD_BYTES)
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(file.tell(), size - OUTPUT_TAIL_BYTES))
+                tail = file.read(OUTPUT_TAIL_BYTES)
+        except OSError:
+            return "", b""
+        return head[: self.HEADER - 1].decode("latin-1"), head[self.HEADER :] + tail
+
+    def size(self) -> int:
+        """Bytes printed."""
+        try:
+            found = os.fstat(self._fd) if self._fd >= 0 else os.stat(self.path)
+            return max(0, found.st_size - self.HEADER)
+        except OSError:
+            return 0
+
+    def trim(self) -> int:
+        """Cut the middle out of a file that has grown long; return what was cut."""
+        before = self.size()
+        if before <= 4 * self.KEPT:
+            return 0
+        pid, kept = self.read()
+        with contextlib.suppress(OSError):
+            fd = private_file(self.path, os.O_WRONLY)
+            try:
+                os.ftruncate(fd, 0)
+                os.write(fd, pid.encode("latin-1") + b"\n" + kept)
+            finally:
+                os.close(fd)
+        return before - len(kept)
+
+    def remove(self) -> None:
+        """Delete it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+# ===========================================================================
+# 5. Store: schema, transactions, every read, write and transition
+# ===========================================================================
+#
+# The only room with SQL.  A method that takes `db` never commits.  Knows nothing
+# of workers, pipes or signals.
+
+APPLICATION_ID = 0x70726D6E  # "prmn", in the header of the file
+SCHEMA_VERSION = 1
+SCHEMA = (
+    """
+    CREATE TABLE definition (       -- what equal processes share
+        id   INTEGER PRIMARY KEY,
+        hash INTEGER NOT NULL,      -- CRC-32 of the text, to find it by
+        text TEXT NOT NULL          -- JSON: steps, options, directory of the caller
+    )""",
+    "CREATE INDEX definition_hash ON definition (hash)",
+    """
+    CREATE TABLE process (
+        id          INTEGER PRIMARY KEY,            -- in the order of submission
+        pid         TEXT NOT NULL UNIQUE,           -- 32 hex digits
+        definition  INTEGER NOT NULL REFERENCES definition,
+        status      TEXT NOT NULL,                  -- written by transition only
+        queue       TEXT NOT NULL,
+        priority    INTEGER NOT NULL,               -- higher goes first
+        due_at      REAL NOT NULL,                  -- not to be claimed before
+        created_at  REAL NOT NULL,
+        started_at  REAL,                           -- of the first claim
+        finished_at REAL,                           -- of the final state
+        step_index  INTEGER NOT NULL DEFAULT 0,     -- first step not yet done
+        attempt     INTEGER NOT NULL DEFAULT 1,     -- 1 + the retries used
+        crashes     INTEGER NOT NULL DEFAULT 0,     -- runners that died with it
+        claim       INTEGER NOT NULL DEFAULT 0,     -- fence: grows with every claim
+        runner      INTEGER,                        -- who claimed it, while running
+        cancel_requested INTEGER NOT NULL DEFAULT 0, -- a wish to its runner
+        name        TEXT,
+        progress    TEXT,                           -- JSON: done, total, message
+        error       TEXT                            -- JSON: the last failure
+    )""",
+    """
+    CREATE INDEX process_due ON process (priority, queue, due_at, id)
+     WHERE status = 'queued'""",
+    # All states but the two in which nearly every process is found.
+    """
+    CREATE INDEX process_rest ON process (status)
+     WHERE status = 'running' OR status = 'interrupted' OR status = 'waiting'
+        OR status = 'error' OR status = 'timeout' OR status = 'cancelled'""",
+    "CREATE INDEX process_definition ON process (definition)",
+    """
+    CREATE TRIGGER process_final BEFORE UPDATE ON process
+      WHEN OLD.status IN ('finished', 'error', 'timeout', 'cancelled')
+     BEGIN SELECT RAISE(ABORT, 'a final process never changes'); END""",
+    """
+    CREATE TABLE data (             -- the input of each step, as JSON text;
+        process    INTEGER NOT NULL, -- the one past the last step is the output
+        step_index INTEGER NOT NULL,
+        data       TEXT NOT NULL,
+        PRIMARY KEY (process, step_index)
+    ) WITHOUT ROWID""",
+    """
+    CREATE TABLE output (           -- what the steps printed
+        process INTEGER PRIMARY KEY,
+        head    BLOB NOT NULL,      -- the first bytes
+        tail    BLOB NOT NULL,      -- the last bytes
+        cut     INTEGER NOT NULL    -- how many lay between
+    )""",
+    """
+    CREATE TABLE event (            -- what happened, in order
+        number  INTEGER PRIMARY KEY,
+        process INTEGER NOT NULL,
+        at      REAL NOT NULL,
+        kind    TEXT NOT NULL,      -- a key of TRANSITIONS, or start, step, progress
+        detail  TEXT
+    )""",
+    "CREATE INDEX event_process ON event (process)",
+    """
+    CREATE TABLE runner (
+        id         INTEGER PRIMARY KEY AUTOINCREMENT, -- never used again
+        token      TEXT NOT NULL,   -- names its files; <token>.lock is held for life
+        os_pid     INTEGER NOT NULL,
+        boot       TEXT NOT NULL,   -- the machine's start it lived in
+        started_at REAL NOT NULL,
+        queues     TEXT NOT NULL,   -- comma-separated
+        port       INTEGER          -- of its doorbell: UDP on the loopback
+    )""",
+    """
+    CREATE TABLE worker (           -- children of a runner that may outlive it
+        runner INTEGER NOT NULL REFERENCES runner ON DELETE CASCADE,
+        os_pid INTEGER NOT NULL,
+        born   TEXT NOT NULL,       -- start time: the number alone proves nothing
+        token  TEXT NOT NULL        -- in the environment of all that it started
+    )""",
+)
+MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version: statements that lead to it
+
+# These may lose a commit when a checkpoint overlaps a reset of the log
+# (https://sqlite.org/wal.html, "The WAL-Reset Bug"); see `Store.checkpoint`.
+_FIXED_VERSIONS = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
+
+_TROUBLES = {  # a part of SQLite's message: what it means and what to do
+    "locked": "is locked by another program: end it or try again",
+    "full": "cannot be written: disk full",
+    "readonly": "is read-only here",
+    "malformed": "is damaged: stop all runners, keep a copy, and salvage it with"
+    " `sqlite3 procman.db .recover | sqlite3 new.db`",
+    "not a database": "is not a procman database",
+    "unable to open": "cannot be opened",
+    "disk I/O": "cannot be read or written (disk I/O error)",
+}
+
+
+def wal_reset_bug() -> bool:
+    """Whether this SQLite has the fault that `Store.checkpoint` works around."""
+    version = sqlite3.sqlite_version_info
+    return version < _FIXED_VERSIONS[-1] and not any(
+        fixed[:2] == version[:2] and version >= fixed for fixed in _FIXED_VERSIONS
+    )
+
+
+class Store:
+    """One SQLite file and this process's connection to it.
+
+    Threads may share it: they take turns.  A forked child opens it anew.
+    """
+
+    def __init__(
+        self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
+    ):
+        self.path = os.path.abspath(path)
+        self.now = now
+        self.run_directory = self.path + ".run"
+        self._create = create
+        self._turn = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._owner = 0
+        self._identity: tuple[int, int] = (0, 0)
+        self._definitions: dict[int, Definition] = {}
+        self._known: tuple[str, int] | None = None
+        self._updates: dict[Any, str] = {}
+        self._commits = 0
+        self._durable = True
+
+    # --- opening -----------------------------------------------------------
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The connection, opened on first use and anew in a forked child."""
+        if self._db is None or self._owner != os.getpid():
+            if self._db is not None:
+                # SQLite forbids the child its parent's connection, also to close it.
+                _inherited.append(self._db)
+                self._turn = threading.RLock()
+            self._db, self._owner = None, os.getpid()
+            with self._troubles():
+                self._open()
+        assert self._db is not None
+        return self._db
+
+    def _open(self) -> None:
+        self._check_path()
+        db = sqlite3.connect(
+            self.path, timeout=0, isolation_level=None, check_same_thread=False
+        )
+        try:
+            db.row_factory = sqlite3.Row
+            version = self._retry(lambda: self._check_header(db))
+            self._retry(lambda: self._prepare(db, version))
+        except BaseException:
+            db.close()
+            raise
+        found = os.stat(self.path)
+        self._identity = (found.st_dev, found.st_ino)
+        self._db = db
+
+    def _check_path(self) -> None:
+        """Refuse what is not ours; make an empty private file if there is none.
+
+        Once a connection is open the file is never opened by hand: closing it would
+        drop SQLite's locks (https://sqlite.org/howtocorrupt.html, 2.2).
+        """
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            raise StorageError(f"there is no directory {directory}: create it first")
+        if not os.path.lexists(self.path):
+            if not self._create:
+                raise NotFound(f"there is no database {self.path} yet: `start` makes it")
+            with contextlib.suppress(FileExistsError):
+                os.close(private_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR))
+        for path in (self.path, self.path + "-wal", self.path + "-shm"):
+            reason = unsafe(path) if os.path.lexists(path) else None
+            if reason:
+                raise StorageError(f"the database {path} {reason}: refused")
+
+    def _check_header(self, db: sqlite3.Connection) -> int:
+        """The schema's version, 0 for an empty file; refuse all that is not ours."""
+        if db.execute("PRAGMA schema_version").fetchone()[0] == 0:
+            return 0
+        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise StorageError(f"the database {self.path} belongs to another program")
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"the database {self.path} has schema {version}, newer than this"
+                f" procman {__version__} knows ({SCHEMA_VERSION}): update procman.py"
+            )
+        return version
+
+    def _prepare(self, db: sqlite3.Connection, version: int) -> None:
+        """Set the connection up; create or migrate the schema in one transaction."""
+        db.execute("PRAGMA trusted_schema = OFF")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        if version == SCHEMA_VERSION:
+            return
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            version = self._check_header(db)  # another may have been faster
+            statements = SCHEMA if version == 0 else ()
+            for newer in range(version + 1, SCHEMA_VERSION + 1) if version else ():
+                statements += MIGRATIONS[newer]
+            # One by one: executescript commits an open transaction.
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute("COMMIT")
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+
+    def make_run_directory(self) -> None:
+        """The private directory for the files of runners; refuse a foreign one.
+
+        Raises StorageError also where others may write to the database's directory.
+        """
+        with self._troubles():
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.run_directory, 0o700)
+            for path in (os.path.dirname(self.path), self.run_directory):
+                reason = unsafe(path, directory=True)
+                if reason:
+                    raise StorageError(f"the directory {path} {reason}: refused")
+
+    def close(self) -> None:
+        """Close the connection; the next use opens it again."""
+        with self._turn:
+            if self._db is not None and self._owner == os.getpid():
+                self._db.close()
+            self._db = None
+
+    # --- transactions ------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _troubles(self) -> Iterator[None]:
+        """Turn the errors of SQLite and the system into a StorageError's one line."""
+        try:
+            yield
+        except sqlite3.ProgrammingError:
+            raise  # a mistake in this file
+        except sqlite3.Error as error:
+            text = str(error)
+            for part, meaning in _TROUBLES.items():
+                if part in text:
+                    kind = Busy if part == "locked" else StorageError
+                    raise kind(f"the database {self.path} {meaning}") from error
+            raise StorageError(f"the database {self.path}: {text}") from error
+        except OSError as error:
+            raise StorageError(
+                f"the database {self.path}: {error.strerror}: {error.filename}"
+            ) from error
+
+    def _retry(self, action: Callable[[], Any], wait: float = BUSY_SECONDS) -> Any:
+        """Do it, again and again while another holds the lock.
+
+        SQLite's own busy handler sleeps ever longer and starves beside a busy
+        writer; short sleeps of uneven length do not.  See bench_fairness.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                return action()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
+            time.sleep(random.uniform(0.0005, 0.0025))
+
+    @contextlib.contextmanager
+    def transaction(
+        self, *, wait: float = BUSY_SECONDS, durable: bool = True
+    ) -> Iterator[sqlite3.Connection]:
+        """A write transaction: committed at the end, rolled back on an error.
+
+        Raises Busy after `wait` seconds.  Not `durable`: what it wrote may be lost in
+        a power cut, as a claim may; it is never half there.
+        """
+        with self._turn, self._troubles():
+            db = self.db
+            if durable != self._durable:
+                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
+            # IMMEDIATE: a deferred transaction that turns into a write after another
+            # commit fails at once, whatever the wait.
+            self._retry(lambda: db.execute("BEGIN IMMEDIATE"), wait)
+            try:
+                self._check_identity()
+                yield db
+                db.execute("COMMIT")
+            finally:
+                if db.in_transaction:  # a full disk has rolled back already
+                    db.execute("ROLLBACK")
+            self._commits += 1
+            if self._commits % GROUP_SIZE == 1:
+                self.checkpoint()
+
+    def _check_identity(self) -> None:
+        """Into a deleted file inserts succeed: say so before anything is promised."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            raise StorageError(f"the database {self.path} was deleted") from None
+        if (found.st_dev, found.st_ino) != self._identity:
+            raise StorageError(f"the database {self.path} was replaced by another file")
+
+    def checkpoint(self) -> None:
+        """Copy a long write-ahead log into the database, if nobody writes just now.
+
+        Done while a second connection holds the write lock, so that nobody resets the
+        log meanwhile (the fault of `wal_reset_bug`).
+        """
+        try:
+            if os.stat(self.path + "-wal").st_size < WAL_BYTES:
+                return
+        except OSError:
+            return
+        guard = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        try:
+            guard.execute("BEGIN IMMEDIATE")
+            self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            guard.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+        finally:
+            guard.close()
+
+    def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        """The rows of a SELECT."""
+        with self._turn, self._troubles():
+            rows: list[sqlite3.Row] = self._retry(
+                lambda: self.db.execute(sql, parameters).fetchall()
+            )
+            return rows
+
+    def version(self) -> int:
+        """A number that changes when another connection commits."""
+        number: int = self.read("PRAGMA data_version")[0][0]
+        return number
+
+    # --- entering ----------------------------------------------------------
+
+    def insert(
+        self,
+        db: sqlite3.Connection,
+        pid: str,
+        definition: str,
+        data: str,
+        options: Mapping[str, Any],
+        due: float,
+    ) -> None:
+        """Add a queued process; one without steps is finished at once."""
+        now = self.now()
+        row_id = db.execute(
+            """
+            INSERT INTO process
+                   (pid, definition, status, queue, priority, due_at, created_at, name)
+            VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)""",
+            (
+                pid,
+                self._definition_id(db, definition),
+                options["queue"],
+                options["priority"],
+                due,
+                now,
+                options["name"],
+            ),
+        ).lastrowid
+        assert row_id is not None
+        db.execute("INSERT INTO data VALUES (?, 0, ?)", (row_id, data))
+        self.add_event(db, row_id, "start")
+        if definition.startswith('{"steps":{},'):
+            self.transition(db, "finish", row_id, {"finished_at": now})
+
+    def _definition_id(self, db: sqlite3.Connection, text: str) -> int:
+        import zlib
+
+        if self._known and self._known[0] == text:
+            sql = "SELECT id FROM definition WHERE id = ? AND text = ?"
+            if db.execute(sql, (self._known[1], text)).fetchone():
+                return self._known[1]
+        crc = zlib.crc32(text.encode())
+        sql = "SELECT id FROM definition WHERE hash = ? AND text = ?"
+        row = db.execute(sql, (crc, text)).fetchone()
+        if row is None:
+            sql = "INSERT INTO definition (hash, text) VALUES (?, ?)"
+            number = db.execute(sql, (crc, text)).lastrowid
+        else:
+            number = row[0]
+        self._known = (text, number)
+        return int(number)
+
+    # --- reading -----------------------------------------------------------
+
+    def definition(self, number: int) -> Definition:
+        """The parsed definition; the last few hundred are kept."""
+        if number not in self._definitions:
+            if len(self._definitions) > 256:
+                self._definitions.clear()
+            row = self.read("SELECT text FROM definition WHERE id = ?", (number,))[0]
+            self._definitions[number] = Definition(row[0])
+        return self._definitions[number]
+
+    def find(self, pid: str) -> sqlite3.Row:
+        """The row of a pid or of a unique prefix; raises NotFound."""
+        rows = self.read(
+            "SELECT * FROM process WHERE pid >= ? AND pid < ? LIMIT 2",
+            (check_pid(pid), pid + "g"),
+        )
+        if not rows:
+            raise NotFound(f"no process {pid} in {self.path}")
+        if len(rows) > 1:
+            raise NotFound(f"{pid} is the beginning of several pids: write more of it")
+        return rows[0]
+
+    _SHOWN = """
+        SELECT process.*, data.data FROM process
+          LEFT JOIN data ON data.process = process.id
+           AND data.step_index = process.step_index
+           AND process.status IN ('finished', 'interrupted')"""
+
+    def info(self, pid: str) -> ProcessInfo:
+        """The record of one process; raises NotFound."""
+        row = self.find(pid)
+        return self._infos("WHERE process.id = ?", (row["id"],))[0]
+
+    def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
+        rows = self.read(f"{self._SHOWN} {clause}", parameters)
+        return [
+            ProcessInfo.from_row(row, self.definition(row["definition"])) for row in rows
+        ]
+
+    @staticmethod
+    def _filter(
+        status: str | None, name: str | None, queue: str | None
+    ) -> tuple[str, list[Any]]:
+        """A WHERE clause; states stand in it as text, so that their index serves."""
+        groups = {"open": OPEN_STATES, "final": FINAL_STATES, **{s: (s,) for s in STATES}}
+        if status is not None and status not in groups:
+            raise BadSpec(f"status must be one of {', '.join(groups)}, not {status!r}")
+        terms, parameters = ["1"], []
+        if status:
+            alternatives = (f"process.status = '{word}'" for word in groups[status])
+            terms.append("(" + " OR ".join(alternatives) + ")")
+        for column, value in (("name", name), ("queue", queue)):
+            if value is not None:
+                terms.append(f"process.{column} = ?")
+                parameters.append(value)
+        return "WHERE " + " AND ".join(terms), parameters
+
+    def list(
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        queue: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[ProcessInfo]:
+        """Records, newest first; `status` may also be open or final."""
+        where, parameters = self._filter(status, name, queue)
+        return self._infos(
+            f"{where} ORDER BY process.id DESC LIMIT ? OFFSET ?",
+            (*parameters, limit, offset),
+        )
+
+    def count(
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        queue: str | None = None,
+    ) -> int:
+        """How many processes there are."""
+        where, parameters = self._filter(status, name, queue)
+        return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
+
+    def output(self, row: sqlite3.Row) -> bytes:
+        """What a process has printed, also what a running step has up to now."""
+        head, tail, cut = b"", b"", 0
+        for kept in self.read(
+            "SELECT head, tail, cut FROM output WHERE process = ?", (row["id"],)
+        ):
+            head, tail, cut = kept
+        gap = b"\n[... %d bytes cut ...]\n" % cut if cut else b""
+        return head + gap + tail + self._live_output(row)
+
+    def _live_output(self, row: sqlite3.Row) -> bytes:
+        if row["status"] == RUNNING and os.path.isdir(self.run_directory):
+            for entry in os.scandir(self.run_directory):
+                if entry.name.endswith(".log"):
+                    pid, printed = OutputFile(entry.path).read()
+                    if pid == row["pid"]:
+                        return printed
+        return b""
+
+    def runners(self) -> list[sqlite3.Row]:
+        """All that are registered, alive or not."""
+        return self.read("SELECT * FROM runner ORDER BY id")
+
+    # --- claiming ----------------------------------------------------------
+
+    def next_due(self, queues: Iterable[str], pid: str | None = None) -> float | None:
+        """When the next queued process is due, None if there is none.
+
+        With `pid` only that one counts.
+        """
+        if pid is not None:
+            sql = "SELECT due_at FROM process WHERE pid = ? AND status = 'queued'"
+            return next((row[0] for row in self.read(sql, (pid,))), None)
+        firsts = [
+            row[0]
+            for priority in self._priorities()
+            for queue in queues
+            for row in self.read(
+                """
+                SELECT min(due_at) FROM process
+                 WHERE status = 'queued' AND priority = ? AND queue = ?""",
+                (priority, queue),
+            )
+            if row[0] is not None
+        ]
+        return min(firsts, default=None)
+
+    def _priorities(self) -> Iterator[int]:
+        """Those of queued processes, highest first: one look into the index each."""
+        below = 2**63 - 1
+        while True:
+            below = self.read(
+                """
+                SELECT max(priority) FROM process
+                 WHERE status = 'queued' AND priority < ?""",
+                (below,),
+            )[0][0]
+            if below is None:
+                return
+            yield below
+
+    def claim_due(
+        self,
+        db: sqlite3.Connection,
+        runner: int,
+        queues: Iterable[str],
+        limit: int,
+        pid: str | None = None,
+    ) -> list[Held]:
+        """Claim up to `limit` due processes in the order priority, due, id."""
+        now = self.now()
+        sql = """
+            SELECT p.id, p.pid, p.claim, p.attempt, p.crashes, p.step_index,
+                   p.definition, p.started_at, p.due_at, data.data
+              FROM process AS p
+              JOIN data ON data.process = p.id AND data.step_index = p.step_index
+             WHERE p.status = 'queued' AND p.due_at <= ?"""
+        rows: list[sqlite3.Row] = []
+        if pid is not None:
+            rows = db.execute(f"{sql} AND p.pid = ?", (now, pid)).fetchall()
+        for priority in self._priorities() if pid is None else ():
+            due: list[sqlite3.Row] = []
+            for queue in queues:
+                due += db.execute(
+                    f"""{sql} AND p.priority = ? AND p.queue = ?
+                    ORDER BY p.due_at, p.id LIMIT ?""",
+                    (now, priority, queue, limit - len(rows)),
+                ).fetchall()
+            due.sort(key=lambda row: (row["due_at"], row["id"]))
+            rows += due[: limit - len(rows)]
+            if len(rows) >= limit:
+                break
+        return [self._claim(db, runner, row, now) for row in rows]
+
+    def _claim(
+        self, db: sqlite3.Connection, runner: int, row: sqlite3.Row, now: float
+    ) -> Held:
+        columns = {"runner": runner, "claim": row["claim"] + 1}
+        if row["started_at"] is None:
+            columns["started_at"] = now
+        self.transition(db, "claim", row["id"], columns)
+        definition = self.definition(row["definition"])
+        timeout = definition.option("timeout")
+        return Held(
+            row["id"],
+            row["pid"],
+            row["claim"] + 1,
+            row["attempt"],
+            row["crashes"],
+            row["step_index"],
+            definition,
+            row["data"],
+            None if timeout is None else time.monotonic() + timeout,
+        )
+
+    # --- recording ---------------------------------------------------------
+
+    def record(
+        self, db: sqlite3.Connection, held: Held, outcome: Outcome
+    ) -> tuple[str, Held | None]:
+        """Write how a step ended; return the event, and what to run if it goes on.
+
+        The event is `lost` where the claim is no longer ours: nothing was written.
+        """
+        definition, following = held.definition, held.step_index + 1
+        event = event_after(
+            outcome.ending,
+            last=following == len(definition.steps),
+            retry_left=definition.retry_left(held.attempt),
+        )
+        columns = self._columns_after(event, held, outcome)
+        if event == "step":
+            moved = self._update(db, held.id, columns, (RUNNING,), held.claim)
+            if moved:
+                detail = definition.step_name(held.step_index)
+                self.add_event(db, held.id, "step", detail)
+        else:
+            moved = self.transition(db, event, held.id, columns, claim=held.claim)
+        if not moved and event != "cancel":  # a cancel may have come between
+            return self.record(db, held, Outcome("cancelled", output=outcome.output))
+        if not moved:
+            return "lost", None
+        data = held.data if outcome.data is None else outcome.data
+        if outcome.ending in ("done", "interrupt"):
+            sql = "INSERT OR REPLACE INTO data VALUES (?, ?, ?)"
+            db.execute(sql, (held.id, following, data))
+        if outcome.output or outcome.cut:
+            self._add_output(db, held.id, outcome.output, outcome.cut)
+        if event != "step":
+            return event, None
+        return event, held._replace(step_index=following, data=data, crashes=0)
+
+    def _columns_after(
+        self, event: str, held: Held, outcome: Outcome
+    ) -> dict[str, Any]:
+        """What changes beside the status."""
+        now = self.now()
+        columns: dict[str, Any] = {}
+        if event in ("step", "interrupt", "finish"):
+            columns = {"step_index": held.step_index + 1, "error": None}
+        elif outcome.error is not None:
+            columns = {"error": to_json(outcome.error, "error")}
+        if event != "step":
+            columns["runner"] = None
+        if event == "retry":
+            options = held.definition.option
+            columns["attempt"] = held.attempt + 1
+            columns["due_at"] = now + retry_delay(
+                held.attempt, options("retry_interval"), options("backoff")
+            )
+        elif event != "cancel" and event in TRANSITIONS:
+            if TRANSITIONS[event][1] in FINAL_STATES:
+                columns["finished_at"] = now
+        elif event == "cancel":
+            columns["finished_at"] = now
+        return columns
+
+    def _add_output(
+        self, db: sqlite3.Connection, row_id: int, printed: bytes, cut: int
+    ) -> None:
+        """Append what a step printed, keeping the first and the last bytes."""
+        sql = "SELECT head, tail, cut FROM output WHERE process = ?"
+        head, tail, before = db.execute(sql, (row_id,)).fetchone() or (b"", b"", 0)
+        room = 0 if tail else OUTPUT_HEAD_BYTES - len(head)
+        head, rest = head + printed[:room], tail + printed[room:]
+        tail = rest[-OUTPUT_TAIL_BYTES:]
+        cut += before + len(rest) - len(tail)
+        sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
+        db.execute(sql, (row_id, head, tail, cut))
+
+    def record_progress(
+        self, db: sqlite3.Connection, held: Held, progress: dict[str, Any]
+    ) -> None:
+        """Keep how far a running process says it is."""
+        text = to_json(progress, "progress")
+        if self._update(db, held.id, {"progress": text}, (RUNNING,), held.claim):
+            self.add_event(db, held.id, "progress", text)
+
+    def cancel(self, db: sqlite3.Connection, pid: str) -> str:
+        """Cancel a process, or leave its runner the wish; return the pid.
+
+        A second cancel is fine; WrongState for one that ended otherwise.
+        """
+        row = self.find(pid)
+        if row["status"] == RUNNING:
+            sql = "UPDATE process SET cancel_requested = 1 WHERE id = ?"
+            db.execute(sql, (row["id"],))
+        elif row["status"] != CANCELLED:
+            columns = {"finished_at": self.now()}
+            if not self.transition(db, "cancel", row["id"], columns):
+                raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
+        return str(row["pid"])
+
+    def proceed(
+        self, db: sqlite3.Connection, pid: str, data: dict[str, Any]
+    ) -> str:
+        """Merge `data` over what waits and queue the next step at the front."""
+        row = self.find(pid)
+        if row["status"] != INTERRUPTED:
+            sources = TRANSITIONS["proceed"][0]
+            raise WrongState(row["pid"], "proceed", row["status"], sources)
+        key = (row["id"], row["step_index"])
+        sql = "SELECT data FROM data WHERE process = ? AND step_index = ?"
+        merged = {**json.loads(db.execute(sql, key).fetchone()[0]), **data}
+        sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
+        db.execute(sql, (to_json(merged), *key))
+        now = self.now()
+        if row["step_index"] == len(self.definition(row["definition"]).steps):
+            self.transition(db, "finish", row["id"], {"finished_at": now})
+        else:
+            first = self.next_due([row["queue"]])
+            due = now if first is None else min(now, first - 0.001)
+            self.transition(db, "proceed", row["id"], {"due_at": due, "error": None})
+        return str(row["pid"])
+
+    # --- runners -----------------------------------------------------------
+
+    def add_runner(
+        self, token: str, boot: str, queues: Iterable[str], port: int | None
+    ) -> int:
+        """Register a runner, which holds the lock of its token; return its number."""
+        with self.transaction() as db:
+            number = db.execute(
+                """
+                INSERT INTO runner (token, os_pid, boot, started_at, queues, port)
+                VALUES (?, ?, ?, ?, ?, ?)""",
+                (token, os.getpid(), boot, self.now(), ",".join(queues), port),
+            ).lastrowid
+        assert number is not None
+        return number
+
+    def remove_runner(self, number: int) -> None:
+        """Forget a runner that holds nothing any more."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM runner WHERE id = ?", (number,))
+
+    def add_worker(self, runner: int, os_pid: int, born: str, token: str) -> None:
+        """Note a child, so that its tree can be ended if the runner cannot do it."""
+        with self.transaction(durable=False) as db:
+            sql = "INSERT INTO worker VALUES (?, ?, ?, ?)"
+            db.execute(sql, (runner, os_pid, born, token))
+
+    def remove_worker(self, runner: int, token: str) -> None:
+        """Forget a child of which nothing is left."""
+        with self.transaction(durable=False) as db:
+            sql = "DELETE FROM worker WHERE runner = ? AND token = ?"
+            db.execute(sql, (runner, token))
+
+    def workers(self, runner: int) -> list[sqlite3.Row]:
+        """The children that a runner has noted."""
+        return self.read("SELECT * FROM worker WHERE runner = ?", (runner,))
+
+    def cancels_wanted(self, runner: int) -> list[str]:
+        """Pids of this runner's processes that somebody wants cancelled."""
+        rows = self.read(
+            """
+            SELECT pid FROM process
+             WHERE status = 'running' AND runner = ? AND cancel_requested""",
+            (runner,),
+        )
+        return [row[0] for row in rows]
+
+    def recover(self, runner: int, *, charged: bool) -> list[str]:
+        """Settle what a runner held that was proved dead, and forget it.
+
+        `charged`: its death counts as a crash of each; a reboot does not.  Returns the
+        pids.
+        """
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT * FROM process WHERE status = 'running' AND runner = ?",
+                (runner,),
+            ).fetchall()
+            for row in rows:
+                self._recover_one(db, row, row["crashes"] + (1 if charged else 0))
+            db.execute("DELETE FROM runner WHERE id = ?", (runner,))
+        return [row["pid"] for row in rows]
+
+    def _recover_one(
+        self, db: sqlite3.Connection, row: sqlite3.Row, crashes: int
+    ) -> None:
+        definition = self.definition(row["definition"])
+        step = definition.step_name(row["step_index"])
+        on_lost = definition.option("on_lost") if crashes > row["crashes"] else "retry"
+        reason = f"its runner died while step {step!r} ran"
+        event = {"retry": "recover", "ask": "interrupt", "error": "fail"}[on_lost]
+        if on_lost == "retry" and crashes >= MAX_CRASHES:
+            event = "fail"
+            reason = f"{crashes} runners died while it ran, the last in step {step!r}"
+        if row["cancel_requested"]:
+            event = "cancel"
+        columns: dict[str, Any] = {"runner": None, "crashes": crashes}
+        if event in ("interrupt", "fail"):
+            columns["error"] = to_json(make_error(step, "RunnerDied", reason))
+        if event in ("cancel", "fail"):
+            columns["finished_at"] = self.now()
+        self.transition(db, event, row["id"], columns, claim=row["claim"])
+
+    # --- upkeep ------------------------------------------------------------
+
+    def prune(self, older_than: float) -> int:
+        """Delete processes that ended more than so many seconds ago; return how many.
+
+        In small transactions, so that nobody waits for it.
+        """
+        pruned, last_id, limit = 0, 0, self.now() - older_than
+        while True:
+            rows = self.read(
+                """
+                SELECT id, status, finished_at, definition FROM process
+                 WHERE id > ? AND created_at <= ? ORDER BY id LIMIT 500""",
+                (last_id, limit),
+            )
+            if not rows:
+                return pruned
+            last_id = rows[-1]["id"]
+            old = [
+                row
+                for row in rows
+                if row["status"] in FINAL_STATES and row["finished_at"] <= limit
+            ]
+            if old:
+                with self.transaction() as db:
+                    self._delete(db, old)
+                pruned += len(old)
+
+    def _delete(self, db: sqlite3.Connection, rows: list[sqlite3.Row]) -> None:
+        for table, column in (("process", "id"), ("data", "process"), ("output", "process")):
+            db.executemany(
+                f"DELETE FROM {table} WHERE {column} = ?", [(row["id"],) for row in rows]
+            )
+        # The newest event stays, so that its number is never given again.
+        sql = """
+            DELETE FROM event
+             WHERE process = ? AND number < (SELECT max(number) FROM event)"""
+        db.executemany(sql, [(row["id"],) for row in rows])
+        sql = """
+            DELETE FROM definition
+             WHERE id = ? AND NOT EXISTS
+                   (SELECT 1 FROM process WHERE process.definition = definition.id)"""
+        db.executemany(sql, {(row["definition"],) for row in rows})
+
+    def trouble(self) -> str | None:
+        """What SQLite's own check of the whole file finds, None if it is sound."""
+        found: str = self.read("PRAGMA quick_check(1)")[0][0]
+        return None if found == "ok" else found
+
+    # --- the state machine -------------------------------------------------
+
+    def transition(
+        self,
+        db: sqlite3.Connection,
+        event: str,
+        row_id: int,
+        columns: dict[str, Any],
+        *,
+        claim: int | None = None,
+    ) -> bool:
+        """Move a process along TRANSITIONS; False, and nothing, if it may not be.
+
+        The one writer of `status`.  With `claim` it moves only if that is still its
+        claim and, whatever the event but `cancel`, nobody wants it cancelled.
+        """
+        sources, target = TRANSITIONS[event]
+        columns["status"] = target
+        if not self._update(db, row_id, columns, sources, claim):
+            return False
+        self.add_event(db, row_id, event)
+        return True
+
+    def _update(
+        self,
+        db: sqlite3.Connection,
+        row_id: int,
+        columns: dict[str, Any],
+        sources: tuple[str, ...],
+        claim: int | None,
+    ) -> bool:
+        """One guarded UPDATE; whether it found its row."""
+        key = (sources, claim is None, *columns)
+        sql = self._updates.get(key)
+        if sql is None:
+            states = ", ".join(f"'{word}'" for word in sources)
+            guard = "" if claim is None else " AND claim = ?"
+            if claim is not None and columns.get("status") != CANCELLED:
+                guard += " AND NOT cancel_requested"
+            sql = self._updates[key] = (
+                f"UPDATE process SET {', '.join(f'{name} = ?' for name in columns)}"
+                f" WHERE id = ? AND status IN ({states}){guard}"
+            )
+        values = [*columns.values(), row_id]
+        if claim is not None:
+            values.append(claim)
+        return db.execute(sql, values).rowcount > 0
+
+    def add_event(
+        self, db: sqlite3.Connection, row_id: int, kind: str, detail: str | None = None
+    ) -> None:
+        """Write down what happened."""
+        sql = "INSERT INTO event (process, at, kind, detail) VALUES (?, ?, ?, ?)"
+        db.execute(sql, (row_id, self.now(), kind, detail))
+
+
+_inherited: list[sqlite3.Connection] = []  # of a parent, never touched again
+
+
+# ===========================================================================
+# 6. Steps: from a spec to an object with execute(data), and running it
+# ===========================================================================
+#
+# Knows code, commands and what they print; has never heard of a database.
+
+
+class ProcessStep:
+    """A step as a class: JSON object in, JSON object out, None to pass it on.
+
+    A subclass need not derive from this; having `execute(data)` is enough.
+    """
+
+    interrupts = False
+
+    def execute(self, data: dict[str, Any]) -> dict[str, Any] | None:
+        """Do the work; raise to fail.  May be `async def`."""
+        raise NotImplementedError(f"{type(self).__name__} has no execute")
+
+
+class InterruptingProcessStep(ProcessStep):
+    """A step after which the process waits, interrupted, until somebody proceeds."""
+
+    interrupts = True
+
+
+class Context(namedtuple("Context", "pid step index attempt report stopped")):
+    """What a step can know about itself; see `current`."""
+
+    __slots__ = ()
+
+    @property
+    def key(self) -> str:
+        """The same text each time this step of this process runs: for idempotency."""
+        return f"{self.pid}.{self.step}.{self.index}"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this step has been asked to stop (cancel, timeout, end of runner)."""
+        return self.stopped.is_set()  # type: ignore[no-any-return]
+
+    def progress(
+        self, done: float, total: float | None = None, message: str | None = None
+    ) -> None:
+        """Say how far the step is; `status` shows the last word."""
+        for value, name in ((done, "done"), (total, "total")):
+            if value is not None:
+                _number(value, name, 0, 2**63, whole=False)
+        if message is not None:
+            check_text(message, "message", 1000)
+        if total is not None and done > total:
+            raise BadSpec(f"done is {done}, more than the total of {total}")
+        self.report({"done": done, "total": total, "message": message})
+
+    def log(self, *words: Any) -> None:
+        """Print a line with the time, kept with the process (`logs`)."""
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), *words, flush=True)
+
+
+_context: Context | None = None
+
+
+def current() -> Context:
+    """The running step's pid, step, attempt, key, progress(), log() and cancelled."""
+    if _context is None:
+        raise ProcmanError("current() is for code that runs inside a step")
+    return _context
+
+
+class StepError(Exception):
+    """A step failed in a way that has no exception of its own to show."""
+
+    def __init__(self, kind: str, message: str, **more: Any):
+        super().__init__(message)
+        self.kind, self.more = kind, more
+
+
+def _load_file(path: str) -> Any:
+    """The module of a file, imported once; its neighbours can be imported too."""
+    import importlib.util
+
+    path = os.path.realpath(path)
+    name = "procman_file_" + re.sub(r"\W", "_", path)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None or not os.path.isfile(path):
+            raise StepError("ModuleNotFoundError", f"there is no file {path}")
+        if os.path.dirname(path) not in sys.path:
+            sys.path.append(os.path.dirname(path))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _load_module(name: str) -> Any:
+    import importlib
+
+    try:
+        return sys.modules.get(name) or importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # the module is there, but not what it imports
+        places = ", ".join(sys.path[:-1] or sys.path)
+        raise StepError(
+            "ModuleNotFoundError", f"no module {error.name!r}; looked in: {places}"
+        ) from None
+
+
+def resolve(reference: str, directory: str) -> Any:
+    """What `package.module:name` or `path/to/file.py:name` stands for."""
+    where, _, names = reference.rpartition(":")
+    if where.endswith(".py"):
+        found = module = _load_file(os.path.join(directory, where))
+    else:
+        found = module = _load_module(where)
+    for name in names.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            place = getattr(module, "__file__", None) or where
+            raise StepError(
+                "AttributeError", f"no {names!r} in module {where!r} ({place})"
+            ) from None
+    return found
+
+
+class Services:
+    """Named factories, each called on first use and once."""
+
+    def __init__(self, factories: Mapping[str, Any] | None = None):
+        self._factories = factories or {}
+        self._built: dict[str, Any] = {}
+
+    def get(self, name: str) -> Any:
+        """The service of that name."""
+        if name not in self._built:
+            if name not in self._factories:
+                known = ", ".join(sorted(self._factories)) or "none"
+                raise StepError("LookupError", f"no service {name!r}; there are: {known}")
+            factory = self._factories[name]
+            self._built[name] = factory() if callable(factory) else factory
+        return self._built[name]
+
+
+class _FunctionStep:
+    """A step made of a function from data to data."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.execute = function
+
+
+class _CommandStep:
+    """A step made of a program: data on standard input, result on standard output."""
+
+    def __init__(self, command: list[str] | str, output: str):
+        self._command, self._output = command, output
+
+    def execute(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Run it to its end; raises StepError for any exit code but 0."""
+        limit = OUTPUT_HEAD_BYTES if self._output == "text" else MAX_JSON_BYTES
+        code, out, err = _run_command(self._command, to_json(data).encode(), limit)
+        if code:
+            tail = err.kept()[-2000:].decode("utf-8", "replace").strip()
+            raise _command_failed(self._command, code, tail)
+        if self._output == "text":
+            return {"stdout": out.kept().decode("utf-8", "replace"), "exit_code": 0}
+        if out.cut:
+            raise StepError("BadOutput", f"printed more than {MAX_JSON_BYTES} bytes")
+        return check_object(from_json(out.kept(), "its output"), "its output")
+
+
+def _command_failed(command: list[str] | str, code: int, tail: str) -> StepError:
+    import signal
+
+    name = shorten(command if isinstance(command, str) else command[0], 200)
+    ended, number = f"ended with exit code {code}", None
+    if code < 0:
+        number = signal_name(-code)
+        ended = f"was ended by {number}"
+    message = f"{name!r} {ended}" + (f": {tail}" if tail else "")
+    return StepError(
+        "CommandFailed", message, exit_code=code if code > 0 else None, signal=number
+    )
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class _Tee(threading.Thread):
+    """Copies a command's pipe to this process's own output, and keeps what fits.
+
+    Not to its end: a grandchild may hold the pipe open for ever.  It is done when the
+    command has ended and nothing has come for a while.
+    """
+
+    def __init__(self, pipe: Any, target: int, limit: int):
+        super().__init__(daemon=True)
+        self._pipe, self._target = pipe, target
+        self._head, self._limit, self._tail = bytearray(), limit, bytearray()
+        self.cut, self.moved = 0, 0
+        self.start()
+
+    def run(self) -> None:
+        """Copy until the pipe ends."""
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                chunk = os.read(self._pipe.fileno(), 65536)
+                if not chunk:
+                    return
+                with contextlib.suppress(OSError):  # a full disk stops no command
+                    os.write(self._target, chunk)
+                self._keep(chunk)
+                self.moved += len(chunk)
+
+    def _keep(self, chunk: bytes) -> None:
+        room = self._limit - len(self._head)
+        self._head += chunk[:room]
+        self._tail += chunk[room:]
+        if len(self._tail) > 2 * OUTPUT_TAIL_BYTES:
+            self.cut += len(self._tail) - OUTPUT_TAIL_BYTES
+            del self._tail[:-OUTPUT_TAIL_BYTES]
+
+    def finish(self) -> None:
+        """Wait for what the command itself has printed, no longer."""
+        before = -1
+        while self.is_alive() and self.moved != before:
+            before = self.moved
+            self.join(0.2)
+        with contextlib.suppress(OSError):
+            if not self.is_alive():
+                self._pipe.close()
+
+    def kept(self) -> bytes:
+        """The first and the last of what came."""
+        gap = b"\n[... %d bytes cut ...]\n" % self.cut if self.cut else b""
+        return bytes(self._head) + gap + bytes(self._tail)
+
+
+def _feed(pipe: Any, data: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it need not read all, or any
+        pipe.write(data)
+        pipe.close()
+
+
+def _run_command(
+    command: list[str] | str, data: bytes, limit: int
+) -> tuple[int, _Tee, _Tee]:
+    """Run it with `data` on standard input: (exit code, what it printed, errors)."""
+    import subprocess
+
+    try:
+        child = subprocess.Popen(
+            command,
+            shell=isinstance(command, str),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+    except OSError as error:
+        name = command if isinstance(command, str) else command[0]
+        raise StepError(
+            type(error).__name__,
+            f"cannot run {shorten(name, 200)!r}: {error.strerror} (in {os.getcwd()})",
+        ) from None
+    try:
+        out = _Tee(child.stdout, 1, limit)
+        err = _Tee(child.stderr, 2, OUTPUT_HEAD_BYTES)
+        feeder = threading.Thread(target=_feed, args=(child.stdin, data), daemon=True)
+        feeder.start()
+        code = child.wait()
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    out.finish()
+    err.finish()
+    return code, out, err
+
+
+def build_step(spec: Any, services: Services, directory: str) -> Any:
+    """The object with `execute` that a spec describes; raises StepError."""
+    if isinstance(spec, str):
+        found = resolve(spec, directory)
+        step = found() if isinstance(found, type) else found
+    elif "command" in spec or "shell" in spec:
+        command = spec.get("command") or spec["shell"]
+        return _CommandStep(command, spec.get("output", "text"))
+    elif "call" in spec:
+        step = resolve(spec["call"], directory)
+    else:
+        maker = resolve(spec.get("class") or spec["factory"], directory)
+        given = [services.get(name) for name in spec.get("services", ())]
+        step = maker(*given, *spec.get("args", ()), **spec.get("kwargs", {}))
+    if callable(getattr(step, "execute", None)):
+        return step
+    if (isinstance(spec, str) or "call" in spec) and callable(step):
+        return _FunctionStep(step)
+    raise StepError(
+        "TypeError",
+        f"{to_json(spec)} gives a {type(step).__name__} that has no execute(data)",
+    )
+
+
+def _needs_code(spec: Any) -> bool:
+    return isinstance(spec, str) or not ("command" in spec or "shell" in spec)
+
+
+@contextlib.contextmanager
+def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
+    """The working directory, environment and arguments of a step; then as before."""
+    global _context
+    spec = order["spec"] if isinstance(order["spec"], dict) else {}
+    directory = os.path.join(order["directory"], spec.get("cwd", ""))
+    environment, arguments = os.environ.copy(), sys.argv
+    try:
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise StepError(
+                type(error).__name__,
+                f"cannot work in the directory {directory}: {error.strerror}",
+            ) from None
+        changed = dict(spec.get("env", {}))
+        if not _needs_code(order["spec"]):
+            changed = {
+                "PROCMAN_PID": context.pid,
+                "PROCMAN_STEP": context.step,
+                "PROCMAN_ATTEMPT": str(context.attempt),
+                "PROCMAN_KEY": context.key,
+                "PROCMAN_DB": order.get("database", ""),
+                **changed,
+            }
+        for name, value in changed.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        given = (
+            word
+            for name, value in order["args"].items()
+            for word in (f"--{name}", str(value))
+        )
+        sys.argv = [sys.argv[0], *given, *order.get("script_args", ())]
+        _context = context
+        yield
+    finally:
+        _context = None
+        sys.argv = arguments
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+async def _await(result: Any) -> Any:
+    return await result
+
+
+def execute_step(
+    order: Mapping[str, Any], services: Services, context: Context
+) -> tuple[dict[str, Any] | None, bool]:
+    """Run one step: (its result or None, whether it interrupts).
+
+    Whatever it raises comes out of here, sys.exit and its like too.
+    """
+    with _surroundings(order, context):
+        spec = order["spec"]
+        step = build_step(spec, services, order["directory"])
+        result = step.execute(order["data"])
+        if hasattr(result, "__await__"):
+            import asyncio
+
+            result = asyncio.run(_await(result))
+        interrupts = getattr(step, "interrupts", False) is True or (
+            isinstance(spec, dict) and spec.get("interrupt", False)
+        )
+        return result, bool(interrupts)
+
+
+def describe_failure(step: str, error: BaseException) -> dict[str, Any]:
+    """The record of what a step raised; safe for exceptions that are broken too."""
+    import traceback
+
+    if isinstance(error, StepError):
+        return make_error(step, error.kind, str(error), **error.more)
+    try:
+        message = str(error)
+    except BaseException as broken:
+        message = f"(its message cannot be shown: {type(broken).__name__})"
+    if isinstance(error, SystemExit):
+        message = f"the step called sys.exit({message})"
+    try:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename != __file__
+        ]
+        lines = traceback.format_list(frames[-50:])
+        text = "Traceback (most recent call last):\n" + "".join(lines)
+        text += f"{type(error).__name__}: {message}"
+    except BaseException:
+        text = "(no traceback)"
+    clean = text.encode("utf-8", "backslashreplace").decode()
+    return make_error(
+        step,
+        type(error).__name__,
+        message.encode("utf-8", "backslashreplace").decode(),
+        traceback=shorten(clean, MAX_TRACEBACK),
+    )
+
+
+class StepExecutor:
+    """Runs steps here and now: no queue, no database, nothing kept.
+
+    `services` maps names to factories.
+    """
+
+    def __init__(self, services: Mapping[str, Any] | None = None):
+        self._services = Services(services)
+
+    def execute(
+        self, steps: Mapping[str, Any], data: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The last step's output.  Stops after an interrupting step, with its output.
+
+        A step's own exception comes out as it is; timeouts are not enforced.
+        """
+        return self.execute_until(steps, data)[0]
+
+    def execute_until(
+        self, steps: Mapping[str, Any], data: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], bool]:
+        """The same, and whether it was an interrupting step that ended it."""
+        ManagedProcess(steps)
+        passed: dict[str, Any] = json.loads(to_json(check_object(dict(data or {}))))
+        pid, home = os.urandom(PID_LENGTH // 2).hex(), os.getcwd()
+        for place in (os.path.dirname(os.path.abspath(__file__)), home):
+            if place not in sys.path:
+                sys.path.append(place)
+        for index, (name, spec) in enumerate(steps.items()):
+            order = {"spec": spec, "directory": home, "args": {}, "data": passed}
+            context = Context(pid, name, index, 1, lambda _: None, threading.Event())
+            try:
+                result, interrupts = execute_step(order, self._services, context)
+            finally:
+                os.chdir(home)
+            if result is not None:
+                where = f"the output of step {name!r}"
+                passed = json.loads(to_json(check_object(result, where), where))
+            if interrupts:
+                return passed, True
+        return passed, False
+
+
+# ===========================================================================
+# 7. Worker: the child's side of the pipe
+# ===========================================================================
+#
+# The life of a child, from top to bottom.  Its frames are lines: a JSON header,
+# and in a report that has data a tab and that data as JSON text.
+
+
+class _Stopped(BaseException):
+    """SIGTERM: the runner wants this step to end."""
+
+
+class _Connection:
+    """The private ends of the pipes to the runner, away from what steps can reach."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.dup(0), os.dup(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.close(null)
+        os.dup2(2, 1)  # print() goes where errors go: to the output file
+        self._guarded = [(fd, os.fstat(fd)) for fd in (0, 1, 2, self._writing)]
+        self._turn = threading.Lock()
+
+    def intact(self) -> bool:
+        """Whether a step has left the descriptors alone."""
+        try:
+            return all(
+                os.path.samestat(os.fstat(fd), before) for fd, before in self._guarded
+            )
+        except OSError:
+            return False
+
+    def lines(self) -> Iterator[bytes]:
+        """The runner's frames, until it is gone."""
+        parts: list[bytes] = []
+        while True:
+            chunk = os.read(self._reading, 1 << 20)
+            if not chunk:
+                return
+            *whole, rest = chunk.split(b"\n")
+            for line in whole:
+                yield b"".join([*parts, line])
+                parts = []
+            parts.append(rest)
+
+    def send(self, header: dict[str, Any], data: str | None = None) -> None:
+        """Write one frame, all of it."""
+        line = json.dumps(header) + ("" if data is None else "\t" + data) + "\n"
+        content = memoryview(line.encode())
+        with self._turn:
+            if not self.intact():
+                os._exit(70)  # a step has closed our pipe, and its number is another's
+            while content:
+                content = content[os.write(self._writing, content) :]
+
+
+class _Sources:
+    """The files that this worker has imported, to notice when one has changed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._modules = 0
+        self._looked_at = self._cost = 0.0
+        prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix}
+        self._system = tuple(os.path.join(prefix, "") for prefix in prefixes)
+
+    @staticmethod
+    def _stamp(path: str) -> tuple[int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
+    def note(self) -> None:
+        """Remember what has been imported since."""
+        if len(sys.modules) == self._modules:
+            return
+        self._modules = len(sys.modules)
+        for module in list(sys.modules.values()):
+            path = getattr(module, "__file__", None)
+            if isinstance(path, str) and path not in self._seen:
+                system = path.startswith(self._system) and "site-packages" not in path
+                self._seen[path] = None if system else self._stamp(path)
+
+    def changed(self) -> str | None:
+        """A file that is not what was imported; at most 5 % of the time goes here."""
+        began = time.perf_counter()
+        if began - self._looked_at < 20 * self._cost:
+            return None
+        found = next(
+            (
+                path
+                for path, stamp in self._seen.items()
+                if stamp and self._stamp(path) != stamp
+            ),
+            None,
+        )
+        self._looked_at = time.perf_counter()
+        self._cost = self._looked_at - began
+        return found
+
+
+class _Worker:
+    """Runs the orders that come in, one after the other."""
+
+    def __init__(self, connection: _Connection, hello: dict[str, Any]):
+        self._connection = connection
+        self._inbox: deque[dict[str, Any]] = deque()
+        self._arrived = threading.Semaphore(0)
+        self._output = OutputFile(hello["output"])
+        self._script_args, self._database = hello["script_args"], hello["database"]
+        self._limit = hello["limit"]
+        self._served: set[str] = set()
+        self._services = hello["services"]
+        self._registry: Services | None = None
+        self._home: str | None = None
+        self._base = os.getcwd()
+        self._sources = _Sources()
+        self._stopped = threading.Event()
+        self._progress_at = 0.0
+
+    def read(self, frames: Iterator[bytes]) -> None:
+        """Take frames in (a thread of its own); when they end the runner is gone."""
+        for line in frames:
+            header = json.loads(line)
+            if "give_back" in header:
+                self._connection.send({"given_back": self._give_back()})
+            else:
+                self._inbox.append(header)
+                self._arrived.release()
+        kill_children()
+        self._output.remove()
+        os._exit(0)
+
+    def _give_back(self) -> list[int]:
+        """Take out what has not begun; the runner has better use for it."""
+        numbers = []
+        while self._arrived.acquire(blocking=False):
+            numbers.append(self._inbox.popleft()["id"])
+        return numbers
+
+    def run(self) -> None:
+        """Serve until this worker should be replaced."""
+        while True:
+            self._arrived.acquire()
+            order = self._inbox.popleft()
+            reason = self._unfit(order)
+            if reason:
+                self._connection.send({"retire": reason})
+                return
+            report, data = self._perform(order)
+            self._connection.send(report, data)
+            if report.get("spent") or self._stopped.is_set():
+                return
+
+    def _unfit(self, order: dict[str, Any]) -> str | None:
+        """Why another worker must do this, None if this one can."""
+        if self._limit:
+            self._served.add(order["pid"])
+            if len(self._served) > self._limit:
+                return f"has served {self._limit}"
+        if not _needs_code(order["spec"]):
+            return None
+        if self._home is None:  # one directory a worker: its modules shadow others'
+            self._home = order["directory"]
+            if self._home not in sys.path:
+                sys.path.append(self._home)
+        elif self._home != order["directory"]:
+            return f"has imported from {self._home}"
+        changed = self._sources.changed()
+        return changed and f"{changed} has changed"
+
+    def _perform(self, order: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Run one step and make its report."""
+        report: dict[str, Any] = {"id": order["id"]}
+        data = None
+        self._output.begin(order["pid"])
+        try:
+            report["ending"], data = self._execute(order)
+        except _Stopped:
+            report["ending"] = "stopped"
+        except BaseException as error:
+            report["ending"] = "error"
+            report["error"] = describe_failure(order["step"], error)
+        self._sources.note()
+        for stream in (sys.__stdout__, sys.__stderr__):
+            with contextlib.suppress(Exception):
+                stream.flush()  # type: ignore[union-attr]
+        if self._output.size():
+            report["output"] = self._output.read()[1].decode("latin-1")
+        if not self._connection.intact() or children_left():
+            report["spent"] = True
+        return report, data
+
+    def _execute(self, order: dict[str, Any]) -> tuple[str, str | None]:
+        context = Context(
+            order["pid"],
+            order["step"],
+            order["index"],
+            order["attempt"],
+            lambda progress: self._report_progress(order["id"], progress),
+            self._stopped,
+        )
+        order["script_args"], order["database"] = self._script_args, self._database
+        self._progress_at = 0.0
+        try:
+            result, interrupts = execute_step(order, self._find_services(), context)
+        finally:
+            os.chdir(self._base)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        where = f"the output of step {order['step']!r}"
+        data = None if result is None else to_json(check_object(result, where), where)
+        return "interrupt" if interrupts else "done", data
+
+    def _find_services(self) -> Services:
+        if self._registry is None:
+            factories = resolve(self._services, self._base) if self._services else {}
+            if not isinstance(factories, Mapping):
+                raise StepError("TypeError", f"{self._services} is not a dict of factories")
+            self._registry = Services(factories)
+        return self._registry
+
+    def _report_progress(self, number: int, progress: dict[str, Any]) -> None:
+        """At most twice a second, but never lose the end."""
+        now = time.monotonic()
+        if now - self._progress_at >= 0.5 or progress["done"] == progress["total"]:
+            self._progress_at = now
+            self._connection.send({"id": number, "progress": progress})
+
+    def stop(self, *_: Any) -> None:
+        """SIGTERM: let the step unwind, then end."""
+        self._stopped.set()
+        raise _Stopped
+
+
+def worker_main() -> int:
+    """Serve a runner at the other end of standard input and output."""
+    import signal
+
+    adopt_orphans()
+    connection = _Connection()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(  # type: ignore[union-attr]
+            encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+    frames = connection.lines()
+    worker = _Worker(connection, json.loads(next(frames)))
+    signal.signal(signal.SIGTERM, worker.stop)
+    connection.send({"ready": os.getpid()})
+    threading.Thread(target=worker.read, args=(frames,), daemon=True).start()
+    with contextlib.suppress(_Stopped):
+        worker.run()
+    return 0
+
+
+# ===========================================================================
+# 8. Manager: what programs call
+# ===========================================================================
+#
+# Each verb opens one transaction, and rings the runners after its commit.
+
+
+class ProcessManager:
+    """The processes in one database: start them, look at them, steer them.
+
+    `path`: the database, else the variable PROCMAN_DB, else procman.db beside this
+    file.  `defaults`: process options for those that do not set them.  `now`: the wall
+    clock.  May be shared by threads.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        now: Callable[[], float] = time.time,
+        create: bool = True,
+    ):
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "procman.db")
+        chosen = os.fspath(path or os.environ.get("PROCMAN_DB") or beside)
+        self.store = Store(chosen, now=now, create=create)
+        self._defaults = check_options(defaults or {})
+        self._socket: Any = None
+
+    @property
+    def path(self) -> str:
+        """The database file."""
+        return self.store.path
+
+    def start_process(
+        self,
+        process: ManagedProcess,
+        data: Mapping[str, Any] | None = None,
+        *,
+        connection: sqlite3.Connection | None = None,
+    ) -> str:
+        """Queue a process and return its pid; it is on disk when this returns.
+
+        `connection`: your own, with an open transaction on the same database; the
+        process then starts to exist with your commit.
+        """
+        if connection is None:
+            return self.start_many([(process, data)])[0]
+        files = [row[2] for row in connection.execute("PRAGMA database_list")]
+        if not any(file and os.path.samefile(file, self.path) for file in files):
+            raise StorageError(f"the connection given is not to {self.path}")
+        if not connection.in_transaction:
+            raise ProcmanError("the connection given has no open transaction: BEGIN first")
+        pid, *rest = self._prepare(process, data, self._directory())
+        self.store.insert(connection, pid, *rest)
+        return str(pid)
+
+    def start_many(
+        self,
+        processes: Iterable[ManagedProcess | tuple[ManagedProcess, Any]],
+    ) -> list[str]:
+        """Queue many in one transaction, all or none; return the pids in order."""
+        directory = self._directory()
+        ready = []
+        for item in processes:
+            process, data = item if isinstance(item, tuple) else (item, None)
+            ready.append(self._prepare(process, data, directory))
+        with self.store.transaction() as db:
+            for entry in ready:
+                self.store.insert(db, *entry)
+        self.ring()
+        return [entry[0] for entry in ready]
+
+    def _prepare(
+        self, process: ManagedProcess, data: Any, directory: str
+    ) -> tuple[str, str, str, dict[str, Any], float]:
+        """What `Store.insert` takes, all of it checked."""
+        if not isinstance(process, ManagedProcess):
+            kind = type(process).__name__
+            raise BadType(f"process must be a ManagedProcess, not {kind}")
+        options = {name: option.default for name, option in OPTIONS.items()}
+        options.update(self._defaults)
+        options.update(process.options)
+        return (
+            os.urandom(PID_LENGTH // 2).hex(),
+            Definition.text(process, options, directory),
+            to_json(check_object({} if data is None else data)),
+            options,
+            due_at(options, self.store.now()),
+        )
+
+    @staticmethod
+    def _directory() -> str:
+        try:
+            return os.getcwd()
+        except OSError:
+            raise BadSpec(
+                "the current directory does not exist any more: steps would run in it"
+            ) from None
+
+    def get_process_info(self, pid: str) -> ProcessInfo:
+        """The record of a process; a unique prefix of its pid will do."""
+        return self.store.info(pid)
+
+    def get_process_status(self, pid: str) -> str:
+        """Its state, one word."""
+        return str(self.store.find(pid)["status"])
+
+    def list_processes(
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        queue: str | None = None,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[ProcessInfo]:
+        """Records, newest first.  `status`: a state, `open` or `final`."""
+        for value, what in ((limit, "limit"), (offset, "offset")):
+            _number(value, what, 0, 2**31, whole=True)
+        return self.store.list(
+            status=status, name=name, queue=queue, limit=limit, offset=offset
+        )
+
+    def count(
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        queue: str | None = None,
+    ) -> int:
+        """How many processes there are, with the filters of `list_processes`."""
+        return self.store.count(status=status, name=name, queue=queue)
+
+    def proceed(self, pid: str, data: Mapping[str, Any] | None = None) -> str:
+        """Continue an interrupted process; `data` is merged over what waits.
+
+        Of two simultaneous calls one wins, the other gets WrongState.
+        """
+        merged = check_object({} if data is None else data)
+        to_json(merged)
+        with self.store.transaction() as db:
+            pid = self.store.proceed(db, pid, merged)
+        self.ring()
+        return pid
+
+    def cancel(self, pid: str) -> str:
+        """Cancel an open process; a running one is ended by its runner, then cancelled.
+
+        Acknowledged is kept: it ends as cancelled even if its last step just ended.
+        """
+        with self.store.transaction() as db:
+            pid = self.store.cancel(db, pid)
+        self.ring()
+        return pid
+
+    def wait(self, pid: str, timeout: float | None = None) -> ProcessInfo:
+        """The process once it is final or interrupted.
+
+        `timeout` in seconds, None for ever.  Raises WaitTimeout, ProcessCancelled, and
+        ProcessFailed for error and timeout.  Does not start a runner.
+        """
+        info = self.wait_all([pid], timeout)[0]
+        if info.status in (ERROR, TIMEOUT):
+            raise ProcessFailed(info)
+        if info.status == CANCELLED:
+            raise ProcessCancelled(info)
+        return info
+
+    def wait_all(
+        self, pids: Iterable[str], timeout: float | None = None
+    ) -> list[ProcessInfo]:
+        """All of them, in order, once each is final or interrupted."""
+        return self._wait(list(pids), None, timeout)
+
+    def wait_any(
+        self, pids: Iterable[str], timeout: float | None = None
+    ) -> list[ProcessInfo]:
+        """Those that are final or interrupted, as soon as there is one."""
+        return self._wait(list(pids), 1, timeout)
+
+    def _wait(
+        self, pids: list[str], enough: int | None, timeout: float | None
+    ) -> list[ProcessInfo]:
+        deadline = None if timeout is None else time.monotonic() + seconds(timeout, "timeout")
+        pids = [self.store.find(pid)["pid"] for pid in pids]
+        open_pids, settled = list(pids), set()
+        turn, version = 0, -1
+        while open_pids:
+            seen = self.store.version()
+            if seen != version or turn % 16 == 0:  # our own commits do not count in it
+                version, turn = seen, 0 if seen != version else turn
+                states = {pid: self.get_process_status(pid) for pid in open_pids}
+                settled |= {
+                    pid for pid in open_pids if states[pid] in (*FINAL_STATES, INTERRUPTED)
+                }
+                open_pids = [pid for pid in open_pids if pid not in settled]
+                if not open_pids or (enough and len(settled) >= enough):
+                    break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(
+                    f"after {timeout} s {len(open_pids)} of {len(pids)} still open,"
+                    f" first {open_pids[0]}: {states[open_pids[0]]}"
+                )
+            time.sleep(poll_delay(turn))
+            turn += 1
+        return [self.get_process_info(pid) for pid in pids if pid in settled]
+
+    def logs(self, pid: str, *, raw: bool = False) -> Any:
+        """What its steps have printed so far: text, or with `raw` the bytes."""
+        printed = self.store.output(self.store.find(pid))
+        return printed if raw else printed.decode("utf-8", "backslashreplace")
+
+    def prune(self, older_than: float | str = KEEP_SECONDS) -> int:
+        """Delete processes that ended longer ago than that; return how many."""
+        return self.store.prune(seconds(older_than, "older_than"))
+
+    def ring(self) -> None:
+        """Wake the waiting runners: a byte that may get lost, for they look anyway."""
+        ports = [row["port"] for row in self.store.runners() if row["port"]]
+        if not ports:
+            return
+        if self._socket is None:
+            import socket
+
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        for port in ports:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"\n", ("127.0.0.1", port))
+
+    def close(self) -> None:
+        """Close the database; the next call opens it again."""
+        self.store.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+# ===========================================================================
+# 9. Runner: the parent's side of the pipe
+# ===========================================================================
+#
+# Recover, claim, hand over, collect, commit, wait.  The one room that knows both
+# the store and the workers.
+
+
+class WorkerHandle:
+    """The runner's view of one child: its pipes, its tree, what it holds."""
+
+    def __init__(self, name: str, hello: dict[str, Any]):
+        self.held: dict[int, Held] = {}  # by id, in the order handed over
+        self.ready = False  # it has come up
+        self.leaving: str | None = None  # why it gets no more orders
+        self.victim: tuple[int, Outcome] | None = None  # whom it is ended for
+        self.head_since = 0.0  # monotonic: since when the first of `held` runs
+        self.pace = AHEAD_SECONDS  # what a step takes here, rather too long
+        self.asked_back = False
+        self.cut = 0  # bytes of the step's output that were cut out of the file
+        self.token = name
+        self.output = OutputFile(hello["output"])
+        self.tree: Tree | None = None
+        self.child: asyncio.subprocess.Process | None = None
+        self._unsent = [json.dumps(hello).encode() + b"\n"]
+
+    async def spawn(self) -> None:
+        """Start the child; raises OSError."""
+        import asyncio
+
+        here, name = os.path.split(os.path.abspath(__file__))
+        # Imported, not run as a script: Python keeps its bytecode.
+        boot = (
+            "import sys; sys.path.insert(0, sys.argv.pop(1));"
+            f" import {os.path.splitext(name)[0]} as m; sys.exit(m.main())"
+        )
+        appending = self.output.create()
+        try:
+            self.child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", boot, here, WORKER_COMMAND),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=appending,
+                env={**os.environ, TREE_VARIABLE: self.token},
+                limit=1 << 20,
+                **spawn_options(),
+            )
+        finally:
+            os.close(appending)
+        self.tree = Tree(self.child.pid, self.token)
+        self._write(b"".join(self._unsent))
+        self._unsent = []
+
+    def _write(self, content: bytes) -> None:
+        if self.child is None:
+            self._unsent.append(content)
+        elif self.child.stdin is not None:
+            with contextlib.suppress(OSError, RuntimeError):  # its end is seen elsewhere
+                self.child.stdin.write(content)
+
+    async def frames(self) -> Any:
+        """What the child says, some at a time: lists of (header, data or None)."""
+        assert self.child and self.child.stdout
+        parts: list[bytes] = []
+        while True:
+            chunk = await self.child.stdout.read(1 << 20)
+            if not chunk:
+                return
+            *whole, rest = chunk.split(b"\n")
+            if whole:
+                whole[0] = b"".join([*parts, whole[0]])
+                parts = []
+                yield [self._frame(line) for line in whole]
+            parts.append(rest)
+
+    @staticmethod
+    def _frame(line: bytes) -> tuple[dict[str, Any], str | None]:
+        header, tab, data = line.partition(b"\t")
+        return json.loads(header), data.decode() if tab else None
+
+    def room(self) -> int:
+        """How many more steps it may be handed now.
+
+        Short ones are handed several at a time.  One that has seen a runner die runs
+        alone, so that no other is charged for what it does.
+        """
+        if self.leaving or (self.held and not self.ready):
+            return 0
+        deep = min(GROUP_SIZE, max(1, int(AHEAD_SECONDS / self.pace)))
+        if any(held.crashes for held in self.held.values()):
+            deep = 1
+        return max(0, deep - len(self.held))
+
+    def give(self, batch: list[Held]) -> None:
+        """Hand steps over; they run in this order."""
+        if not self.held:
+            self.head_since = time.monotonic()
+        lines = []
+        for held in batch:
+            self.held[held.id] = held
+            constant = held.definition.order(held.step_index)
+            lines.append(
+                f'{constant},"id":{held.id},"pid":"{held.pid}",'
+                f'"attempt":{held.attempt},"data":{held.data}}}\n'
+            )
+        self._write("".join(lines).encode())
+
+    def ask_back(self) -> None:
+        """Ask for what waits behind the running step."""
+        if not self.asked_back:
+            self.asked_back = True
+            self._write(b'{"give_back":true}\n')
+
+    def take(self, number: int) -> Held | None:
+        """A step has been reported: it is held no more; the next one has begun."""
+        held = self.held.pop(number, None)
+        now = time.monotonic()
+        spent = now - self.head_since
+        self.pace = max(spent, 0.9 * self.pace + 0.1 * spent, 1e-5)
+        self.head_since, self.cut = now, 0
+        return held
+
+    def head(self) -> Held | None:
+        """The step that runs now."""
+        return next(iter(self.held.values()), None)
+
+    def deadline(self) -> tuple[float, str] | None:
+        """(monotonic time, words) at which the running step's time is up."""
+        head = self.head()
+        if head is None or self.leaving:
+            return None
+        limits = []
+        length = head.definition.step_timeout(head.step_index)
+        if length is not None:
+            name = head.definition.step_name(head.step_index)
+            limits.append(
+                (self.head_since + length, f"step {name!r} ran longer than {length:g} s")
+            )
+        if head.deadline is not None:
+            length = head.definition.option("timeout")
+            limits.append((head.deadline, f"the process ran longer than {length:g} s"))
+        return min(limits, default=None)
+
+    def hang_up(self) -> None:
+        """Close its input: an idle child ends."""
+        if self.child is not None and self.child.stdin is not None:
+            self.child.stdin.close()
+
+
+class _Doorbell:
+    """A datagram protocol: any datagram wakes the runner."""
+
+    def __init__(self, wake: Callable[[], None]):
+        self._wake = wake
+
+    def connection_made(self, transport: Any) -> None:
+        """Nothing to do: there is nobody at the other end."""
+
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        """Somebody has started, proceeded or cancelled something."""
+        self._wake()
+
+    def error_received(self, error: Exception) -> None:
+        """A doorbell may fail: the runner looks anyway."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The runner ends."""
+
+
+class Runner:
+    """Claims what is due, has workers run it, and writes down what came of it.
+
+    `wait`: stay when nothing is due.  `queues`: those it serves.  `max_workers`: at
+    once (default: one a CPU).  `max_jobs`: end after so many processes.
+    `jobs_per_worker`: replace a worker after so many.  `script_args`: added to each
+    step's sys.argv.  `services`: `module:dict` of factories.  `grace`, `keep`: lengths.
+    `pid`: run that one and nothing else.  Installs no signal handlers: call `stop`.
+    """
+
+    def __init__(
+        self,
+        manager: ProcessManager,
+        *,
+        wait: bool = False,
+        queues: Iterable[str] = (DEFAULT_QUEUE,),
+        max_workers: int | None = None,
+        max_jobs: int | None = None,
+        jobs_per_worker: int | None = None,
+        script_args: Iterable[str] = (),
+        services: str | None = None,
+        grace: float | str = GRACE_SECONDS,
+        keep: float | str = KEEP_SECONDS,
+        pid: str | None = None,
+    ):
+        limits = {
+            "max_workers": max_workers,
+            "max_jobs": max_jobs,
+            "jobs_per_worker": jobs_per_worker,
+        }
+        for name, value in limits.items():
+            if value is not None:
+                _number(value, name, 1, 2**31, whole=True)
+        if services is not None:
+            _check_reference(services, "services")
+        self.already_running = False
+        self._store = manager.store
+        self._wait = wait
+        self._queues = sorted({check_queue(queue) for queue in queues})
+        self._max_workers = max_workers or os.cpu_count() or 1
+        self._max_jobs = max_jobs
+        self._grace = seconds(grace, "grace")
+        self._keep = seconds(keep, "keep")
+        self._pid = pid
+        self._hello = {
+            "limit": jobs_per_worker,
+            "script_args": list(script_args),
+            "services": services,
+            "database": self._store.path,
+        }
+        self._token = os.urandom(8).hex()
+        self._number = 0
+        self._workers: list[WorkerHandle] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready: deque[Held] = deque()  # claimed, to be handed over
+        self._results: list[tuple[Held, Outcome]] = []  # to be committed
+        self._progress: dict[int, tuple[Held, dict[str, Any]]] = {}
+        self._first_result_at = 0.0
+        self._claimed = self._done = self._spawned = self._failures = 0
+        self._spawn_after = self._upkeep_after = self._prune_after = 0.0
+        self._busy_since: float | None = None
+        self._stopping = False
+        self._waker: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._rung = True
+
+    # --- life --------------------------------------------------------------
+
+    def run(self) -> int:
+        """Run until nothing is due (or `stop`); return how many processes it ran."""
+        import asyncio
+
+        return asyncio.run(self.run_async())
+
+    def stop(self) -> None:
+        """End soon: what runs is stopped and queued again.  Twice: at once.
+
+        May be called from any thread and from a signal handler.
+        """
+        if self._stopping:
+            self._grace = 0.0
+        self._stopping = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed already
+                self._loop.call_soon_threadsafe(self._wake)
+
+    async def run_async(self) -> int:
+        """The same, awaited in an application's own event loop."""
+        import asyncio
+
+        self._loop = asyncio.get_running_loop()
+        self._store.make_run_directory()
+        suffix = "" if self._queues == [DEFAULT_QUEUE] else f"-{','.join(self._queues)}"
+        alone = LockFile(self._store.path + ".lock" + suffix)
+        life = LockFile(os.path.join(self._store.run_directory, self._token + ".lock"))
+        if self._wait and not alone.acquire():
+            self.already_running = True
+            return 0
+        bell = None
+        try:
+            life.acquire()
+            bell, _ = await self._loop.create_datagram_endpoint(
+                lambda: _Doorbell(self._wake),  # type: ignore[arg-type,return-value]
+                local_addr=("127.0.0.1", 0),
+            )
+            port = bell.get_extra_info("sockname")[1]
+            self._number = self._store.add_runner(
+                self._token, boot_id(), self._queues, port
+            )
+            await self._serve()
+        finally:
+            if bell is not None:
+                bell.close()
+            await self._leave(life)
+            alone.release()
+        return self._done
+
+    async def _serve(self) -> None:
+        """Recover, commit and claim, hand over, wait: until there is no more."""
+        import asyncio
+
+        if self._wait:
+            self._add_worker()
+        while not self._stopping:
+            self._keep_up()
+            if not self._commit():
+                await asyncio.sleep(random.uniform(0.001, 0.003))
+                continue
+            self._hand_over()
+            if self._nothing_left():
+                return
+            await self._pause()
+
+    def _nothing_left(self) -> bool:
+        if self._results or self._ready or any(worker.held for worker in self._workers):
+            return False
+        if self._max_jobs is not None and self._claimed >= self._max_jobs:
+            return True
+        return not self._wait and not self._is_due()
+
+    async def _leave(self, life: LockFile) -> None:
+        """Stop what runs, queue it again, and leave nothing behind."""
+        import asyncio
+
+        for held in self._ready:
+            self._results.append((held, Outcome("stopped")))
+        self._ready.clear()
+        for worker in self._workers:
+            self._end(worker, "stop")
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._number:
+            deadline = time.monotonic() + BUSY_SECONDS
+            while not self._commit(claim=False) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            if not self._results:
+                self._store.remove_runner(self._number)
+        life.release(remove=not self._results)
+
+    def _wake(self) -> None:
+        self._rung = True
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
+    async def _pause(self) -> None:
+        """Until something happens, or the next thing is due."""
+        import asyncio
+
+        wait = self._pause_seconds()
+        if wait <= 0 or self._rung:
+            self._rung = False
+            await asyncio.sleep(0)
+            return
+        assert self._loop is not None
+        self._waker = self._loop.create_future()
+        timer = self._loop.call_later(wait, self._wake)
+        try:
+            await self._waker
+        finally:
+            timer.cancel()
+            self._waker, self._rung = None, False
+
+    def _pause_seconds(self) -> float:
+        now = time.monotonic()
+        moments = [now + POLL_SECONDS]
+        if self._results:
+            idle = any(worker.ready and not worker.held for worker in self._workers)
+            full = len(self._results) >= GROUP_SIZE
+            moments.append(now if idle or full else self._first_result_at + GROUP_SECONDS)
+        for worker in self._workers:
+            limit = worker.deadline()
+            if limit:
+                moments.append(limit[0])
+            if len(worker.held) > 1 and not worker.asked_back:
+                moments.append(worker.head_since + STALL_SECONDS)
+        if self._room():
+            due = self._store.next_due(self._queues, self._pid)
+            if due is not None:
+                moments.append(max(now + due - self._store.now(), self._spawn_after))
+        return min(moments) - now
+
+    # --- workers -----------------------------------------------------------
+
+    def _room(self) -> int:
+        """How many processes could be handed over if they were claimed now."""
+        if self._stopping:
+            return 0
+        room = sum(worker.room() for worker in self._workers) - len(self._ready)
+        if time.monotonic() >= self._spawn_after:
+            room += max(0, self._max_workers - len(self._workers))
+        if self._max_jobs is not None:
+            room = min(room, self._max_jobs - self._claimed)
+        return max(0, room)
+
+    def _add_worker(self) -> WorkerHandle:
+        assert self._loop is not None
+        self._spawned += 1
+        name = f"{self._token}-{self._spawned}"
+        output = os.path.join(self._store.run_directory, name + ".log")
+        worker = WorkerHandle(name, {**self._hello, "output": output})
+        self._workers.append(worker)
+        task = self._loop.create_task(self._attend(worker))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return worker
+
+    async def _attend(self, worker: WorkerHandle) -> None:
+        """The life of one worker, from its start to the end of its tree."""
+        try:
+            await worker.spawn()
+            assert worker.child
+            with contextlib.suppress(Busy):  # it is for a crash of ours only
+                self._store.add_worker(
+                    self._number, worker.child.pid, start_time(worker.child.pid), worker.token
+                )
+            async for frames in worker.frames():
+                for header, data in frames:
+                    self._on_frame(worker, header, data)
+                self._wake()
+                if worker.leaving == "retire":
+                    break
+        except OSError as error:
+            log().warning("no worker could be started: %s", error)
+        finally:
+            await self._bury(worker)
+
+    def _on_frame(
+        self, worker: WorkerHandle, header: dict[str, Any], data: str | None
+    ) -> None:
+        if "ready" in header:
+            worker.ready, self._failures = True, 0
+            worker.head_since = time.monotonic()
+        elif "retire" in header:
+            worker.leaving = worker.leaving or "retire"
+            log().info("worker %s is replaced: it %s", worker.token, header["retire"])
+        elif "given_back" in header:
+            worker.asked_back = False
+            for number in header["given_back"]:
+                held = worker.held.pop(number, None)
+                if held is not None:
+                    self._ready.append(held)
+        elif "progress" in header:
+            held = worker.held.get(header["id"])
+            if held is not None:
+                self._progress[held.id] = (held, header["progress"])
+        else:
+            self._on_report(worker, header, data)
+
+    def _on_report(
+        self, worker: WorkerHandle, header: dict[str, Any], data: str | None
+    ) -> None:
+        cut = worker.cut
+        if header["ending"] == "stopped" and worker.victim is not None:
+            return  # the tree goes first, then it is recorded: see `_bury`
+        held = worker.take(header["id"])
+        if header.get("spent"):
+            worker.leaving = worker.leaving or "retire"
+        if held is not None:
+            output = header.get("output", "").encode("latin-1")
+            self._add_result(
+                held, Outcome(header["ending"], data, header.get("error"), output, cut)
+            )
+
+    def _add_result(self, held: Held, outcome: Outcome) -> None:
+        if not self._results:
+            self._first_result_at = time.monotonic()
+        self._results.append((held, outcome))
+
+    async def _bury(self, worker: WorkerHandle) -> None:
+        """See that all of a worker's tree is gone, then settle what it held."""
+        code = None
+        if worker.child is not None and worker.tree is not None:
+            grace = self._grace if worker.leaving else 0.0
+            if worker.leaving == "retire":
+                grace = 0.0
+            await self._wait_for_tree(worker, grace)
+            code = await worker.child.wait()
+            worker.tree.close()
+        self._workers.remove(worker)
+        self._settle(worker, code)
+        worker.output.remove()
+        with contextlib.suppress(StorageError):
+            self._store.remove_worker(self._number, worker.token)
+        self._wake()
+
+    async def _wait_for_tree(self, worker: WorkerHandle, grace: float) -> None:
+        import asyncio
+
+        assert worker.tree
+        deadline, pause = time.monotonic() + grace, 0.005
+        while worker.tree.alive() and time.monotonic() < min(
+            deadline, time.monotonic() + self._grace
+        ):
+            await asyncio.sleep(pause)
+            pause = min(0.25, pause * 2)
+        worker.tree.kill()
+
+    def _settle(self, worker: WorkerHandle, code: int | None) -> None:
+        """Decide what becomes of the steps that a worker that has ended still held."""
+        if not worker.ready and worker.leaving is None:
+            self._failures += 1
+            self._spawn_after = time.monotonic() + 0.1 * 2**self._failures
+            if self._failures >= MAX_SPAWN_FAILURES:
+                said = worker.output.read()[1] or worker.output.read()[0].encode()
+                raise ProcmanError(
+                    f"workers do not start ({sys.executable} ended with {code}):"
+                    f" {said[-300:].decode('utf-8', 'replace').strip()}"
+                )
+        elif worker.leaving is None and worker.held:
+            first = next(iter(worker.held.values()))
+            worker.victim = (first.id, Outcome("error", error=self._death(first, code)))
+        if worker.victim is not None:
+            number, outcome = worker.victim
+            held = worker.held.pop(number, None)
+            if held is not None:
+                printed = worker.output.read()[1]
+                self._add_result(held, outcome._replace(output=printed, cut=worker.cut))
+        for held in worker.held.values():
+            if worker.leaving == "stop":
+                self._add_result(held, Outcome("stopped"))
+            else:
+                self._ready.append(held)
+        worker.held.clear()
+
+    @staticmethod
+    def _death(held: Held, code: int | None) -> dict[str, Any]:
+        """The error of a step whose worker died under it."""
+        step = held.definition.step_name(held.step_index)
+        if code is not None and code < 0:
+            name = signal_name(-code)
+            return make_error(
+                step, "WorkerDied", f"its worker was ended by {name}", signal=name
+            )
+        hint = ": did the step call os._exit?"
+        if code == 70:
+            hint = ": did the step close descriptors that it did not open?"
+        return make_error(
+            step,
+            "WorkerDied",
+            f"its worker ended with exit code {code} and no result{hint}",
+            exit_code=code or None,
+        )
+
+    def _end(
+        self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
+    ) -> None:
+        """Ask a worker's tree to end; after the grace it is killed."""
+        if worker.leaving and why != "stop":
+            return
+        worker.leaving, worker.victim = why, victim or worker.victim
+        assert self._loop is not None
+        worker.ask_back()
+        task = self._loop.create_task(self._end_tree(worker))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end_tree(self, worker: WorkerHandle) -> None:
+        import asyncio
+
+        while worker.child is None and worker in self._workers:
+            await asyncio.sleep(0.01)  # it is being spawned
+        if worker not in self._workers or worker.tree is None:
+            return
+        if worker.held:
+            worker.tree.terminate()
+        else:
+            worker.hang_up()
+        began, pause = time.monotonic(), 0.005
+        while worker in self._workers:
+            if time.monotonic() - began >= self._grace:
+                worker.tree.kill()
+            await asyncio.sleep(pause)
+            pause = min(0.1, pause * 2)
+
+    # --- work --------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        due = self._store.next_due(self._queues, self._pid)
+        return due is not None and due <= self._store.now()
+
+    def _commit(self, *, claim: bool = True) -> bool:
+        """Record results and claim what there is room for, in one transaction.
+
+        False if the database is busy: then nothing has changed, here or there.
+        """
+        room = self._room() if claim else 0
+        if not self._results and not self._progress and not (room and self._is_due()):
+            return True
+        results, progress = self._results, self._progress
+        try:
+            # A claim alone need not reach the disk: without it we claim again.
+            with self._store.transaction(wait=0, durable=bool(results)) as db:
+                for held, report in progress.values():
+                    self._store.record_progress(db, held, report)
+                settled = [
+                    (held, outcome, *self._store.record(db, held, outcome))
+                    for held, outcome in results
+                ]
+                going_on = [entry[3] for entry in settled if entry[3] is not None]
+                room -= len(going_on)
+                claimed = (
+                    self._store.claim_due(
+                        db, self._number, self._queues, room, self._pid
+                    )
+                    if room > 0
+                    else []
+                )
+        except Busy as error:
+            self._note_busy(error)
+            return False
+        self._busy_since = None
+        self._results, self._progress = [], {}
+        self._claimed += len(claimed)
+        for held, outcome, event, following in settled:
+            self._note(held, outcome, event, following)
+        self._ready.extendleft(reversed(going_on))
+        self._ready.extend(claimed)
+        return True
+
+    def _note(
+        self, held: Held, outcome: Outcome, event: str, following: Held | None
+    ) -> None:
+        """Count and log what has been committed."""
+        if event == "give_back":
+            self._claimed -= 1
+        elif following is None:
+            self._done += 1
+        if event in ("fail", "time_out", "retry"):
+            error = outcome.error or {}
+            log().warning(
+                "pid=%s event=%s attempt=%d step=%s %s: %s",
+                *(held.pid, event, held.attempt, error.get("step")),
+                *(error.get("type"), printable(error.get("message", ""))),
+            )
+
+    def _note_busy(self, error: Busy) -> None:
+        now = time.monotonic()
+        if self._busy_since is None:
+            self._busy_since = now
+        elif now - self._busy_since > BUSY_SECONDS:
+            self._busy_since = now
+            log().warning("%s; this runner goes on trying", error)
+
+    def _hand_over(self) -> None:
+        """Give what is claimed to the workers with most room; give the rest back."""
+        batches: dict[int, list[Held]] = {}
+        while self._ready:
+            held = self._ready[0]
+            worker = self._choose(batches, alone=held.crashes > 0)
+            if worker is None:
+                break
+            batches.setdefault(id(worker), []).append(self._ready.popleft())
+        for worker in self._workers:
+            if id(worker) in batches:
+                worker.give(batches[id(worker)])
+        if time.monotonic() >= self._spawn_after:
+            for held in self._ready:  # nobody could begin it soon
+                self._add_result(held, Outcome("stopped"))
+            self._ready.clear()
+
+    def _choose(
+        self, batches: dict[int, list[Held]], *, alone: bool
+    ) -> WorkerHandle | None:
+        """The worker for the next step: an idle one, a new one, one with room."""
+        best, most = None, 0
+        for worker in self._workers:
+            given = len(batches.get(id(worker), ()))
+            if not worker.held and not given and not worker.leaving:
+                return worker
+            room = worker.room() - given
+            if room > most and not alone and not (given and batches[id(worker)][0].crashes):
+                best, most = worker, room
+        if len(self._workers) < self._max_workers:
+            if time.monotonic() >= self._spawn_after:
+                return self._add_worker()
+        return best
+
+    # --- upkeep ------------------------------------------------------------
+
+    def _keep_up(self) -> None:
+        """Look after what runs; once a second also after what others left."""
+        now = time.monotonic()
+        for worker in list(self._workers):
+            limit = worker.deadline()
+            head = worker.head()
+            if limit and head and now >= limit[0]:
+                step = head.definition.step_name(head.step_index)
+                error = make_error(step, "Timeout", limit[1])
+                self._end(worker, "timeout", (head.id, Outcome("timeout", error=error)))
+            elif len(worker.held) > 1 and now - worker.head_since > STALL_SECONDS:
+                worker.ask_back()
+        if any(worker.held for worker in self._workers) and self._rung:
+            self._carry_out_cancels()
+        if now < self._upkeep_after:
+            return
+        self._upkeep_after = now + POLL_SECONDS
+        try:
+            self._carry_out_cancels()
+            self._watch_workers()
+            self._recover_dead()
+            if self._wait and now >= self._prune_after:
+                self._prune_after = now + PRUNE_SECONDS
+                self._store.prune(self._keep)
+        except Busy as error:
+            self._note_busy(error)
+
+    def _carry_out_cancels(self) -> None:
+        wanted = set(self._store.cancels_wanted(self._number))
+        for worker in self._workers if wanted else ():
+            head = worker.head()
+            if head is not None and head.pid in wanted:
+                self._end(worker, "cancel", (head.id, Outcome("cancelled")))
+            elif any(held.pid in wanted for held in worker.held.values()):
+                worker.ask_back()
+        for held in [held for held in self._ready if held.pid in wanted]:
+            self._ready.remove(held)
+            self._add_result(held, Outcome("cancelled"))
+
+    def _watch_workers(self) -> None:
+        for worker in self._workers:
+            if worker.held:
+                worker.cut += worker.output.trim()
+            if worker.child and worker.child.returncode is not None and worker.tree:
+                worker.tree.kill()  # a forked child may hold its pipe open
+
+    def _recover_dead(self) -> None:
+        """Settle what runners left that are proved dead: their lock can be taken."""
+        for row in self._store.runners():
+            if row["id"] == self._number:
+                continue
+            path = os.path.join(self._store.run_directory, row["token"] + ".lock")
+            life = LockFile(path)
+            if not life.acquire():
+                continue
+            same_boot = row["boot"] == boot_id()
+            for worker in self._store.workers(row["id"]) if same_boot else ():
+                kill_stray(worker["os_pid"], worker["born"], worker["token"])
+            pids = self._store.recover(row["id"], charged=same_boot)
+            for entry in os.listdir(self._store.run_directory):
+                if entry.startswith(row["token"] + "-"):
+                    OutputFile(os.path.join(self._store.run_directory, entry)).remove()
+            life.release(remove=True)
+            if pids:
+                log().warning(
+                    "runner %d died; recovered: %s", row["id"], " ".join(pids[:20])
+                )
+
+
+# ===========================================================================
+# 10. Command line: parse, call, print, return a code
+# ===========================================================================
+#
+# Nothing uses this room.  Standard output carries data only.
+
+
+def show(infos: Iterable[ProcessInfo], as_json: bool) -> None:
+    """A table on a terminal, elsewhere one JSON object a line."""
+    if as_json or not sys.stdout.isatty():
+        for info in infos:
+            print(json.dumps(info.to_json()))
+        return
+    rows = [("PID", "STATUS", "NAME", "STEP", "ATTEMPT", "CREATED", "DUE")]
+    for info in infos:
+        created, due = timestamp(info.created_at), timestamp(info.due_at)
+        rows.append(
+            (
+                *(info.pid[:12], info.status, info.name or "", info.step or ""),
+                *(str(info.attempt), created or "", due or ""),
+            )
+        )
+    widths = [min(40, max(map(len, column))) for column in zip(*rows)]
+    for row in rows:
+        cells = (f"{shorten(cell, 40):{width}}" for cell, width in zip(row, widths))
+        print(printable("  ".join(cells)).rstrip())
+
+
+def _read_argument(text: str, where: str) -> bytes:
+    """The content of `-` (standard input), of `@FILE`, or the text itself."""
+    try:
+        if text == "-":
+            return sys.stdin.buffer.read(MAX_JSON_BYTES + 1)
+        if text.startswith("@"):
+            with open(text[1:], "rb") as file:
+                return file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise BadSpec(f"cannot read {where} from {text}: {error.strerror}") from None
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _data_argument(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return check_object(from_json(_read_argument(text, "--data"), "--data"), "--data")
+
+
+def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManager:
+    return ProcessManager(args.db, create=create)
+
+
+def cmd_start(args: argparse.Namespace) -> int:
+    """Queue a process and print its pid."""
+    steps: dict[str, Any] = {}
+    if args.steps is not None:
+        source = args.steps if args.steps == "-" else "@" + args.steps
+        content = from_json(_read_argument(source, "--steps"), "--steps")
+        steps.update(check_object(content, "--steps"))
+    for given in args.step:
+        name, equals, spec = given.partition("=")
+        if not equals:
+            raise BadSpec(f"--step must be NAME=SPEC, not {shorten(given, 60)!r}")
+        if name in steps:
+            raise BadSpec(f"there are two steps named {shorten(name, 60)!r}")
+        steps[name] = from_json(spec, f"--step {name}") if spec[:1] == "{" else spec
+    if args.command:
+        steps["command"] = {"command": args.command}
+    if not steps:
+        raise BadSpec("nothing to run: give --step NAME=SPEC, --steps FILE or -- COMMAND")
+    options = {name: getattr(args, name) for name in OPTIONS}
+    if options["args"] is not None:
+        options["args"] = from_json(options["args"], "--args")
+    process = ManagedProcess(steps, **options)
+    manager = _manager(args, create=True)
+    print(manager.start_process(process, _data_argument(args.data)))
+    if sys.stderr.isatty() and not manager.store.runners():
+        _say("queued; no runner is at work: `procman.py runner` runs what is due")
+    return DONE
+
+
+def _say(text: str) -> None:
+    print(f"procman: {printable(text)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stopping(runner: Runner) -> Iterator[None]:
+    """While this lasts the system's signals stop the runner."""
+    import signal
+
+    before = {
+        number: signal.signal(number, lambda *_: runner.stop()) for number in stop_signals()
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cmd_runner(args: argparse.Namespace) -> int:
+    """Run what is due; with --wait stay."""
+    import shlex
+
+    max_jobs = args.max_jobs
+    if args.max_processes is not None and args.wait:
+        _say("--max-processes has no effect with --wait: use --max-jobs")
+    elif args.max_processes is not None:
+        max_jobs = min(args.max_processes, max_jobs or args.max_processes)
+    runner = Runner(
+        _manager(args, create=True),
+        wait=args.wait,
+        queues=args.queue.split(","),
+        max_workers=args.max_workers,
+        max_jobs=max_jobs,
+        jobs_per_worker=args.jobs_per_worker,
+        script_args=shlex.split(args.script_args),
+        services=args.services,
+        grace=args.grace,
+        keep=args.keep,
+    )
+    with _stopping(runner):
+        count = runner.run()
+    if runner.already_running:
+        if sys.stderr.isatty():
+            _say("a runner with --wait serves this already")
+    elif sys.stderr.isatty():
+        _say(f"{count} processes run")
+    return DONE
+
+
+def cmd_execute(args: argparse.Namespace) -> int:
+    """Run one process in the foreground, or steps from standard input with no queue."""
+    if args.pid is None:
+        return _execute_input(args.debug)
+    manager = _manager(args)
+    pid = manager.get_process_info(args.pid).pid
+    status = manager.get_process_status(pid)
+    if status != QUEUED:
+        raise WrongState(pid, "execute", status, (QUEUED,))
+    runner = Runner(manager, pid=pid, max_workers=1)
+    with _stopping(runner):
+        runner.run()
+    sys.stderr.write(printable(manager.logs(pid)))
+    info = manager.get_process_info(pid)
+    if info.status in (FINISHED, INTERRUPTED):
+        print(json.dumps(info.output))
+    else:
+        error = info.error or {"type": info.status, "message": f"it is {info.status}"}
+        _say(f"process {pid}: {error['type']}: {error['message']}")
+    return _exit_code(info.status)
+
+
+def _execute_input(debug: bool) -> int:
+    """{"steps": ..., "data": ...} on standard input; the output on standard output."""
+    given = from_json(sys.stdin.buffer.read(MAX_JSON_BYTES + 1), "standard input")
+    given = check_object(given, "standard input")
+    unknown = ", ".join(sorted(given.keys() - {"steps", "data"}))
+    if unknown or "steps" not in given:
+        raise BadSpec(
+            'standard input must be {"steps": ..., "data": ...}'
+            + (f", not {unknown}" if unknown else "")
+        )
+    out = os.dup(1)
+    os.dup2(2, 1)  # what the steps print goes to standard error
+    try:
+        executor = StepExecutor()
+        output, interrupted = executor.execute_until(given["steps"], given.get("data"))
+    except ProcmanError:
+        raise
+    except BaseException as error:
+        failure = describe_failure("", error)
+        _say(f"{failure['type']}: {failure['message']}")
+        if debug:
+            print(failure["traceback"], file=sys.stderr)
+        return FAILED
+    finally:
+        sys.stdout.flush()
+        os.dup2(out, 1)
+    print(json.dumps(output))
+    return INTERRUPTED_EXIT if interrupted else DONE
+
+
+def _exit_code(status: str) -> int:
+    return {FINISHED: DONE, INTERRUPTED: INTERRUPTED_EXIT}.get(status, FAILED)
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    """Print the record of a process."""
+    record = _manager(args).get_process_info(args.pid).to_json()
+    indent = 2 if sys.stdout.isatty() and not args.json else None
+    print(json.dumps(record, indent=indent))
+    return DONE
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    """Print processes, newest first."""
+    infos = _manager(args).list_processes(
+        status=args.status,
+        name=args.name,
+        queue=args.queue,
+        limit=args.limit,
+        offset=args.offset,
+    )
+    show(infos, args.json)
+    return DONE
+
+
+def cmd_proceed(args: argparse.Namespace) -> int:
+    """Continue an interrupted process and print its pid."""
+    print(_manager(args).proceed(args.pid, _data_argument(args.data)))
+    return DONE
+
+
+def cmd_cancel(args: argparse.Namespace) -> int:
+    """Cancel processes and print their pids."""
+    manager, code = _manager(args), DONE
+    for pid in args.pids:
+        try:
+            print(manager.cancel(pid))
+        except (NotFound, WrongState) as error:  # the others are cancelled all the same
+            _say(str(error))
+            code = code or error.exit_code
+    return code
+
+
+def cmd_wait(args: argparse.Namespace) -> int:
+    """Wait for processes and print their records."""
+    manager = _manager(args)
+    timeout = None if args.timeout is None else seconds(args.timeout, "--timeout")
+    wait = manager.wait_any if args.any else manager.wait_all
+    infos = wait(args.pids, timeout)
+    show(infos, args.json)
+    codes = {_exit_code(info.status) for info in infos}
+    return next(code for code in (FAILED, INTERRUPTED_EXIT, DONE) if code in codes)
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """Print what a process has printed."""
+    manager, shown, cut = _manager(args), 0, False
+    while True:
+        status = manager.get_process_status(args.pid)
+        printed = manager.logs(args.pid, raw=True)
+        cut = cut or len(printed) < shown
+        fresh = b"" if cut else printed[shown:]
+        shown = max(shown, len(printed))
+        if args.raw:
+            sys.stdout.buffer.write(fresh)
+        else:
+            text = fresh.decode("utf-8", "backslashreplace")
+            sys.stdout.write(printable(text))
+        sys.stdout.flush()
+        if not args.follow or status in FINAL_STATES:
+            return DONE
+        time.sleep(0.2)
+
+
+def cmd_prune(args: argparse.Namespace) -> int:
+    """Delete old final processes and print how many they were."""
+    print(_manager(args).prune(args.older_than))
+    return DONE
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """Look the installation over; 0 if it is sound."""
+    found: dict[str, Any] = {
+        "procman": __version__,
+        "python": sys.version.split()[0],
+        "sqlite": sqlite3.sqlite_version,
+        "sqlite_faults": ["wal-reset (worked around)"] if wal_reset_bug() else [],
+    }
+    manager = _manager(args)
+    found["database"], trouble = manager.path, None
+    try:
+        trouble = manager.store.trouble()
+        manager.store.make_run_directory()
+        found["processes"] = {state: manager.count(status=state) for state in STATES}
+        found["runners"] = [_runner_state(manager, row) for row in manager.store.runners()]
+        lock = LockFile(manager.path + ".lock")
+        found["lock"] = "free" if lock.acquire() else "held by a waiting runner"
+        lock.release()
+    except NotFound as error:
+        found["note"] = str(error)
+    except StorageError as error:
+        trouble = str(error)
+    found["trouble"], found["sound"] = trouble, trouble is None
+    if args.json or not sys.stdout.isatty():
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f"{name + ':':15}{printable(str(value))}")
+    return STORAGE if trouble else DONE
+
+
+def _runner_state(manager: ProcessManager, row: sqlite3.Row) -> dict[str, Any]:
+    path = os.path.join(manager.store.run_directory, row["token"] + ".lock")
+    life = LockFile(path)
+    dead = life.acquire()
+    life.release()
+    return {
+        "os_pid": row["os_pid"],
+        "alive": not dead,
+        "queues": row["queues"].split(","),
+        "started_at": timestamp(row["started_at"]),
+    }
+
+
+def cmd_worker(args: argparse.Namespace) -> int:
+    """For the runner only."""
+    return worker_main()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere."""
+
+    def error(self, message: str) -> Any:
+        """Usage error."""
+        _say(f"{message}; see {self.prog} --help")
+        sys.exit(USAGE)
+
+
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("process options")
+    for name, option in OPTIONS.items():
+        kind = {int: _whole, float: float}.get(type(option.default), str)
+        if option.check is seconds or name in ("retry_interval", "timeout"):
+            kind = str
+        default = "" if option.default in (None, {}) else f" (default {option.default})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            metavar=option.shown,
+            type=kind,
+            help=option.help + default,
+        )
+
+
+def _whole(text: str) -> int:
+    return int(text)
+
+
+_whole.__name__ = "whole number"  # which argparse shows in its error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; a paragraph a command."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--db", metavar="FILE", help="the database")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = _Parser(
+        prog="procman.py",
+        parents=[common],
+        description="Durable multi-step background processes on SQLite.",
+        epilog="Exit codes: 0 done, 1 process failed, 2 usage, 3 not found, 4 wrong"
+        " state, 5 storage trouble, 6 interrupted, 124 timed out.  The database is"
+        " --db, else $PROCMAN_DB, else procman.db beside procman.py.",
+    )
+    parser.set_defaults(db=None, debug=False)
+    parser.add_argument("--version", action="version", version=f"procman {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, func: Callable[..., int], example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=func.__doc__,
+            description=func.__doc__,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(func=func)
+        return command
+
+    command = add("start", cmd_start, "python procman.py start --retry 3 -- ./backup.sh")
+    command.add_argument(
+        "--step", action="append", default=[], metavar="NAME=SPEC",
+        help="a step: module:name, file.py:name or a JSON object; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--steps", metavar="FILE", help="a JSON object of steps; -: stdin")
+    command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
+    _add_start_options(command)
+
+    command = add("runner", cmd_runner, "* * * * * python3 procman.py runner --wait")
+    command.add_argument("--wait", action="store_true", help="stay when nothing is due")
+    for name, text in (
+        ("--max-jobs", "end after N processes"),
+        ("--max-processes", "the same, without --wait"),
+        ("--max-workers", "at once (default: one a CPU)"),
+        ("--jobs-per-worker", "replace a worker after N processes"),
+    ):
+        command.add_argument(name, type=_whole, metavar="N", help=text)
+    command.add_argument("--queue", default=DEFAULT_QUEUE, metavar="A,B", help="to serve")
+    command.add_argument("--script-args", default="", metavar="TEXT", help="for sys.argv")
+    command.add_argument("--services", metavar="MODULE:DICT", help="service factories")
+    command.add_argument("--grace", default=GRACE_SECONDS, help="from SIGTERM to SIGKILL")
+    command.add_argument("--keep", default=KEEP_SECONDS, help="prune what ended before")
+
+    command = add("execute", cmd_execute, "python procman.py execute < process.json")
+    command.add_argument("pid", nargs="?", metavar="PID")
+
+    command = add("status", cmd_status, "python procman.py status 3f2a91")
+    command.add_argument("pid", metavar="PID")
+    command.add_argument("--json", action="store_true", help="also on a terminal")
+
+    command = add("proceed", cmd_proceed, """procman.py proceed 3f2a91 --data '{"ok": 1}'""")
+    command.add_argument("pid", metavar="PID")
+    command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
+
+    command = add("list", cmd_list, "python procman.py list --status open")
+    command.add_argument("--status", help="a state, open or final")
+    command.add_argument("--name")
+    command.add_argument("--queue")
+    command.add_argument("--limit", type=_whole, default=50, metavar="N")
+    command.add_argument("--offset", type=_whole, default=0, metavar="N")
+    command.add_argument("--json", action="store_true", help="also on a terminal")
+
+    command = add("cancel", cmd_cancel, "python procman.py cancel 3f2a91")
+    command.add_argument("pids", nargs="+", metavar="PID")
+
+    command = add("wait", cmd_wait, "python procman.py wait 3f2a91 --timeout 5m")
+    command.add_argument("pids", nargs="+", metavar="PID")
+    command.add_argument("--timeout", metavar="LENGTH", help="then exit 124")
+    command.add_argument("--any", action="store_true", help="the first is enough")
+    command.add_argument("--json", action="store_true", help="also on a terminal")
+
+    command = add("logs", cmd_logs, "python procman.py logs -f 3f2a91")
+    command.add_argument("pid", metavar="PID")
+    command.add_argument("-f", "--follow", action="store_true", help="until it ends")
+    command.add_argument("--raw", action="store_true", help="the bytes, not escaped")
+
+    command = add("prune", cmd_prune, "python procman.py prune --older-than 7d")
+    command.add_argument("--older-than", default=KEEP_SECONDS, metavar="LENGTH")
+
+    command = add("doctor", cmd_doctor, "python procman.py doctor")
+    command.add_argument("--json", action="store_true", help="also on a terminal")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; every error is one line on standard error and a code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == [WORKER_COMMAND]:
+        return worker_main()
+    rest: list[str] = []
+    if "--" in words:  # what follows is the user's, whatever it looks like
+        rest = words[words.index("--") + 1 :]
+        words = words[: words.index("--")]
+    # Steps that are run in this process import the module that they see.
+    sys.modules.setdefault("procman", sys.modules[__name__])
+    args = build_parser().parse_args(words)
+    args.command = rest
+    try:
+        if rest and args.func is not cmd_start:
+            raise BadSpec("only start takes a command after --")
+        code: int = args.func(args)
+        sys.stdout.flush()
+        return code
+    except ProcmanError as error:
+        if args.debug:
+            raise
+        _say(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more to be flushed
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
