@@ -57,13 +57,16 @@ import threading
 import time
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from sqlite3 import Connection, Row
 
 TYPE_CHECKING = False  # as in typing, whose import would cost each start 4 ms
 if TYPE_CHECKING:
     import asyncio
     import logging
-    import subprocess
+    import queue
     from typing import Any
+
+    Json = dict[str, Any]
 
 __version__ = "0.1.0"
 __all__ = [
@@ -163,33 +166,21 @@ class StorageError(ProcmanError):
 
 
 class Busy(StorageError):
-    """Another program holds the write lock."""
-
-
-class ProcessFailed(ProcmanError):
-    """A process that was waited for ended as error or timeout; see `.info`."""
-
-    def __init__(self, info: ProcessInfo):
-        error = info.error or {}
-        super().__init__(
-            f"process {info.pid} ended as {info.status} in step"
-            f" {error.get('step')!r}: {error.get('type')}: {error.get('message')}"
-        )
-        self.info = info
-
-
-class ProcessCancelled(ProcmanError):
-    """A process that was waited for was cancelled; see `.info`."""
-
-    def __init__(self, info: ProcessInfo):
-        super().__init__(f"process {info.pid} was cancelled")
-        self.info = info
+    """What may pass: another program holds the write lock, or the disk is full."""
 
 
 class WaitTimeout(ProcmanError, TimeoutError):
     """The wait's own timeout passed; the process goes on."""
 
     exit_code = TIMED_OUT_EXIT
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` with its middle cut out when it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = max(1, limit // 2 - 8)
+    return f"{text[:half]}[... {len(text) - 2 * half} cut ...]{text[-half:]}"
 
 
 def _place(path: Any) -> str:
@@ -232,6 +223,9 @@ def _check(value: Any, path: Any, depth: int) -> None:
         )
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any, where: str = "data") -> str:
     """The JSON text of `value`, or BadSpec/BadType naming the place in it.
 
@@ -239,13 +233,13 @@ def to_json(value: Any, where: str = "data") -> str:
     64 bits, keys are strings, depth and size are bounded.
     """
     _check(value, where, 0)
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(value)
     if len(text) * 4 > MAX_JSON_BYTES and len(text.encode()) > MAX_JSON_BYTES:
         raise BadSpec(f"{where} is larger than {MAX_JSON_BYTES >> 20} MiB")
     return text
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
@@ -270,19 +264,11 @@ def from_json(text: str | bytes, where: str = "data") -> Any:
     return value
 
 
-def check_object(value: Any, where: str = "data") -> dict[str, Any]:
+def check_object(value: Any, where: str = "data") -> Json:
     """`value` if it is a dict, which is what passes between steps."""
     if not isinstance(value, dict):
         raise BadType(f"{where} must be a JSON object, not {type(value).__name__}")
     return value
-
-
-def shorten(text: str, limit: int) -> str:
-    """`text` with its middle cut out when it is longer than `limit` characters."""
-    if len(text) <= limit:
-        return text
-    half = max(1, limit // 2 - 8)
-    return f"{text[:half]}[... {len(text) - 2 * half} cut ...]{text[-half:]}"
 
 
 def printable(text: str) -> str:
@@ -369,14 +355,24 @@ def seconds(value: Any, where: str, *, least: float = 0) -> float:
     return float(length)
 
 
-def _number(value: Any, where: str, low: float, high: float, whole: bool) -> Any:
-    kinds = int if whole else (int, float)
+def _number(value: Any, where: str, low: float, high: float, integer: bool) -> Any:
+    kinds = int if integer else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        kind = "a whole number" if whole else "a number"
+        kind = "a whole number" if integer else "a number"
         raise BadType(f"{where} must be {kind}, not {type(value).__name__}")
     if not low <= value <= high:
-        raise BadSpec(f"{where} must be {low:g} to {high:g}, not {shorten(str(value), 40)}")
+        raise BadSpec(
+            f"{where} must be {low:g} to {high:g}, not {shorten(str(value), 40)}"
+        )
     return value
+
+
+def whole(text: str) -> int:
+    """The number of a command-line argument."""
+    return int(text)
+
+
+whole.__name__ = "whole number"  # which argparse shows in its error
 
 
 def check_text(value: Any, where: str, limit: int = MAX_NAME) -> str:
@@ -398,11 +394,13 @@ def check_queue(value: Any, where: str = "queue") -> str:
     return str(value)
 
 
-def _arguments(value: Any, where: str) -> dict[str, Any]:
+def _arguments(value: Any, where: str) -> Json:
     for key, item in check_object(value, where).items():
         check_text(key, f"a key of {where}")
         if isinstance(item, (dict, list, tuple)):
-            raise BadType(f"{where}.{key} must be a text or a number: it is an argument")
+            raise BadType(
+                f"{where}.{key} must be a text or a number: it is an argument"
+            )
     return dict(value)
 
 
@@ -415,10 +413,10 @@ def _choice(*words: str) -> Callable[[Any, str], str]:
     return check
 
 
-class Option(namedtuple("Option", "default check shown help")):
+class Option(namedtuple("Option", "default check shown help reader", defaults=(str,))):
     """One process option: its default, the check that normalises it, its words.
 
-    `shown` is the metavar of the command line.  A default of None means "not set".
+    `shown` and `reader` are for the command line.  A default of None: not set.
     """
 
     __slots__ = ()
@@ -429,9 +427,10 @@ OPTIONS: dict[str, Option] = {
     "queue": Option(DEFAULT_QUEUE, check_queue, "NAME", "the queue it waits in"),
     "priority": Option(
         0,
-        lambda value, where: _number(value, where, -(2**31), 2**31, whole=True),
+        lambda value, where: _number(value, where, -(2**31), 2**31, integer=True),
         "N",
         "higher goes first",
+        whole,
     ),
     "at": Option(
         None,
@@ -448,16 +447,18 @@ OPTIONS: dict[str, Option] = {
     ),
     "retry": Option(
         0,
-        lambda value, where: _number(value, where, -1, 2**31, whole=True),
+        lambda value, where: _number(value, where, -1, 2**31, integer=True),
         "N",
         "try again N times after a failure; -1: for ever",
+        whole,
     ),
     "retry_interval": Option(300.0, seconds, "LENGTH", "before the first retry"),
     "backoff": Option(
         1.0,
-        lambda value, where: float(_number(value, where, 1, 1000, whole=False)),
+        lambda value, where: float(_number(value, where, 1, 1000, integer=False)),
         "FACTOR",
         "each retry interval is so many times the last",
+        float,
     ),
     "on_lost": Option(
         "retry",
@@ -471,7 +472,7 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(options: Mapping[str, Any]) -> Json:
     """The options, normalised; None means not set.  Strict about names and types."""
     checked = {}
     for name, value in options.items():
@@ -591,6 +592,7 @@ class ManagedProcess:
             check_text(name, "the name of a step")
             check_step(spec, f"steps.{name}")
         self.steps = dict(steps)
+        self.text = to_json(self.steps, "steps")
         self.options = check_options(options)
 
     def __repr__(self) -> str:
@@ -607,20 +609,28 @@ class Definition:
     def __init__(self, text: str):
         content = json.loads(text)
         self.steps: list[tuple[str, Any]] = list(content["steps"].items())
-        self.options: dict[str, Any] = content["options"]
+        self.options: Json = content["options"]
         self.directory: str = content["directory"]
         self._orders: dict[int, str] = {}
 
     @staticmethod
-    def text(process: ManagedProcess, options: dict[str, Any], directory: str) -> str:
+    def text(process: ManagedProcess, options: Json, directory: str) -> str:
         """The text that is stored; equal processes share one."""
         kept = {
             name: options[name]
-            for name in ("timeout", "retry", "retry_interval", "backoff", "on_lost", "args")
-            if name in options and options[name] != OPTIONS[name].default
+            for name in (
+                "timeout",
+                "retry",
+                "retry_interval",
+                "backoff",
+                "on_lost",
+                "args",
+            )
+            if options[name] != OPTIONS[name].default
         }
-        return to_json(
-            {"steps": process.steps, "options": kept, "directory": directory}, "steps"
+        return (
+            f'{{"steps":{process.text},"options":{to_json(kept, "options")},'
+            f'"directory":{to_json(directory, "the current directory")}}}'
         )
 
     def option(self, name: str) -> Any:
@@ -658,6 +668,12 @@ class Definition:
         return self._orders[index]
 
 
+class Submission(namedtuple("Submission", "pid definition data options due_at")):
+    """A process that is to be queued, checked: `definition` and `data` are texts."""
+
+    __slots__ = ()
+
+
 class Held(
     namedtuple(
         "Held", "id pid claim attempt crashes step_index definition data deadline"
@@ -685,8 +701,8 @@ class Outcome(
     __slots__ = ()
 
 
-def make_error(step: str | None, kind: str, message: str, **more: Any) -> dict[str, Any]:
-    """The record of a failure: `{step, type, message, traceback, exit_code, signal}`."""
+def make_error(step: str | None, kind: str, message: str, **more: Any) -> Json:
+    """A failure's record: `{step, type, message, traceback, exit_code, signal}`."""
     return {
         "step": step,
         "type": kind,
@@ -698,14 +714,16 @@ def make_error(step: str | None, kind: str, message: str, **more: Any) -> dict[s
 
 
 _TIMES = ("created_at", "started_at", "finished_at", "due_at")
-_INFO_FIELDS = (
-    "pid name status created_at started_at finished_at due_at output error step steps"
-    " progress attempt crashes retry_left queue priority timeout parent children series"
-    " exit_code"
-)
 
 
-class ProcessInfo(namedtuple("ProcessInfo", _INFO_FIELDS)):
+class ProcessInfo(
+    namedtuple(
+        "ProcessInfo",
+        "pid name status created_at started_at finished_at due_at output error step"
+        " steps progress attempt crashes retry_left queue priority timeout parent"
+        " children series exit_code",
+    )
+):
     """A process as it was when it was read.
 
     Times are epoch seconds (in `to_json` 14 digits UTC), None before they happen.
@@ -717,7 +735,7 @@ class ProcessInfo(namedtuple("ProcessInfo", _INFO_FIELDS)):
     __slots__ = ()
 
     @classmethod
-    def from_row(cls, row: sqlite3.Row, definition: Definition) -> ProcessInfo:
+    def from_row(cls, row: Row, definition: Definition) -> ProcessInfo:
         """The record of a row of `process`, joined with its waiting data."""
         status, index = row["status"], row["step_index"]
         error = json.loads(row["error"]) if row["error"] else None
@@ -746,9 +764,32 @@ class ProcessInfo(namedtuple("ProcessInfo", _INFO_FIELDS)):
             exit_code=code if status in FINAL_STATES else None,
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """A dict for `json.dumps`, in the order that `status` prints."""
-        return {**self._asdict(), **{name: timestamp(getattr(self, name)) for name in _TIMES}}
+        return {
+            **self._asdict(),
+            **{name: timestamp(getattr(self, name)) for name in _TIMES},
+        }
+
+
+class ProcessFailed(ProcmanError):
+    """A process that was waited for ended as error or timeout; see `.info`."""
+
+    def __init__(self, info: ProcessInfo):
+        error = info.error or {}
+        super().__init__(
+            f"process {info.pid} ended as {info.status} in step"
+            f" {error.get('step')!r}: {error.get('type')}: {error.get('message')}"
+        )
+        self.info = info
+
+
+class ProcessCancelled(ProcmanError):
+    """A process that was waited for was cancelled; see `.info`."""
+
+    def __init__(self, info: ProcessInfo):
+        super().__init__(f"process {info.pid} was cancelled")
+        self.info = info
 
 
 def check_pid(pid: Any) -> str:
@@ -785,7 +826,9 @@ def parse_at(value: Any) -> float:
             if _FOURTEEN.fullmatch(text):
                 when = datetime.datetime.strptime(text + "+0000", "%Y%m%d%H%M%S%z")
             elif re.fullmatch(r"\d+(\.\d+)?", text):
-                when = datetime.datetime.fromtimestamp(float(text), datetime.timezone.utc)
+                when = datetime.datetime.fromtimestamp(
+                    float(text), datetime.timezone.utc
+                )
             else:
                 # Python reads a final Z from 3.11 on only.
                 when = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
@@ -800,7 +843,9 @@ def parse_at(value: Any) -> float:
     else:
         raise BadType(f"at must be a time, not {type(value).__name__}")
     if not 0 <= moment <= 253402300799:  # the last second with a four-digit year
-        raise BadSpec(f"at must lie between 1970 and 9999, not {shorten(str(value), 40)}")
+        raise BadSpec(
+            f"at must lie between 1970 and 9999, not {shorten(str(value), 40)}"
+        )
     return moment
 
 
@@ -835,8 +880,8 @@ def event_after(ending: str, *, last: bool, retry_left: int) -> str:
 
 
 def poll_delay(turn: int) -> float:
-    """Seconds before a waiter looks again: 1 ms at first, 50 ms in the end."""
-    return min(0.05, 0.001 * 1.2 ** min(turn, 40))
+    """Seconds before a waiter looks again: 0.25 ms at first, 50 ms in the end."""
+    return min(0.05, 0.00025 * 1.2 ** min(turn, 40))
 
 
 # ===========================================================================
@@ -870,7 +915,7 @@ if sys.platform == "win32":
         ticks.restype = ctypes.c_ulonglong
         return str(round(time.time() - ticks() / 1000, -2))
 
-    def spawn_options() -> dict[str, Any]:
+    def spawn_options() -> Json:
         """For a child that a Ctrl-C meant for its parent does not reach."""
         import subprocess
 
@@ -931,7 +976,7 @@ if sys.platform == "win32":
         """A dead runner's workers: its job objects have ended them already."""
 
     def adopt_orphans() -> None:
-        """Be the parent of what daemonises below here (a job object holds it anyway)."""
+        """Be the parent of what daemonises below here: a job object holds it anyway."""
 
     def children_left() -> bool:
         """Whether this process has started what still runs."""
@@ -994,7 +1039,7 @@ else:
         except OSError:
             return _ask("sysctl", "-n", "kern.boottime")
 
-    def spawn_options() -> dict[str, Any]:
+    def spawn_options() -> Json:
         """For a child that leads a session of its own."""
         return {"start_new_session": True}
 
@@ -1020,27 +1065,37 @@ else:
             return found
         for entry in os.listdir("/proc"):
             if entry.isdigit():
-                with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-                    if fields[0] not in b"ZX":
-                        found[int(entry)] = (int(fields[1]), int(fields[3]))
+                with (
+                    contextlib.suppress(OSError),
+                    open(f"/proc/{entry}/stat", "rb") as file,
+                ):
+                    state, parent, _, session = (
+                        file.read().rpartition(b")")[2].split()[:4]
+                    )
+                    if state not in b"ZX":
+                        found[int(entry)] = (int(parent), int(session))
         return found
 
     def _carries(os_pid: int, token: str) -> bool:
         """Whether a process has inherited a worker's token (Linux only)."""
+        if not token:
+            return False
         try:
             with open(f"/proc/{os_pid}/environ", "rb") as file:
                 return f"{TREE_VARIABLE}={token}\0".encode() in file.read()
         except OSError:
             return False
 
-    def _members(os_pid: int, token: str) -> list[int]:
-        """A worker and what it started, also what has left its parent or session."""
+    def _members(os_pid: int | None, token: str) -> list[int]:
+        """A worker and what it started, also what has left its parent or session.
+
+        `os_pid` None: by the token alone.  In a container much has session 0.
+        """
         table = _processes()
         tree = {
             member
             for member, (_, session) in table.items()
-            if os_pid in (member, session) or (token and _carries(member, token))
+            if (os_pid and os_pid in (member, session)) or _carries(member, token)
         }
         grown = True
         while grown:
@@ -1054,7 +1109,7 @@ else:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(member, number)
 
-    def _kill_members(os_pid: int, token: str) -> None:
+    def _kill_members(os_pid: int | None, token: str) -> None:
         import signal
 
         for _ in range(20):  # what forks while it is looked at is seen the next time
@@ -1100,7 +1155,7 @@ else:
     def kill_stray(os_pid: int, born: str, token: str) -> None:
         """End what is left of a dead runner's worker, never by its number alone."""
         own = bool(born) and start_time(os_pid) == born
-        _kill_members(os_pid if own else 0, token)
+        _kill_members(os_pid if own else None, token)
 
     def adopt_orphans() -> None:
         """Be the parent of what daemonises below here, where the system can (Linux)."""
@@ -1214,7 +1269,8 @@ class OutputFile:
         """Start anew for the next step, with its process's pid in front."""
         if self._fd < 0:  # beside the one that appends, which may do no more than that
             self._fd = private_file(self.path, os.O_RDWR)
-        os.ftruncate(self._fd, 0)
+        if self.size():
+            os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         os.write(self._fd, pid.encode() + b"\n")
 
@@ -1268,7 +1324,7 @@ class OutputFile:
 
 APPLICATION_ID = 0x70726D6E  # "prmn", in the header of the file
 SCHEMA_VERSION = 1
-SCHEMA = (
+SCHEMA: tuple[str, ...] = (
     """
     CREATE TABLE definition (       -- what equal processes share
         id   INTEGER PRIMARY KEY,
@@ -1309,7 +1365,7 @@ SCHEMA = (
     "CREATE INDEX process_definition ON process (definition)",
     """
     CREATE TRIGGER process_final BEFORE UPDATE ON process
-      WHEN OLD.status IN ('finished', 'error', 'timeout', 'cancelled')
+      WHEN OLD.finished_at IS NOT NULL
      BEGIN SELECT RAISE(ABORT, 'a final process never changes'); END""",
     """
     CREATE TABLE data (             -- the input of each step, as JSON text;
@@ -1378,6 +1434,9 @@ def wal_reset_bug() -> bool:
     )
 
 
+_inherited: list[Connection] = []  # of a parent process, never touched again
+
+
 class Store:
     """One SQLite file and this process's connection to it.
 
@@ -1392,7 +1451,7 @@ class Store:
         self.run_directory = self.path + ".run"
         self._create = create
         self._turn = threading.RLock()
-        self._db: sqlite3.Connection | None = None
+        self._db: Connection | None = None
         self._owner = 0
         self._identity: tuple[int, int] = (0, 0)
         self._definitions: dict[int, Definition] = {}
@@ -1404,7 +1463,7 @@ class Store:
     # --- opening -----------------------------------------------------------
 
     @property
-    def db(self) -> sqlite3.Connection:
+    def db(self) -> Connection:
         """The connection, opened on first use and anew in a forked child."""
         if self._db is None or self._owner != os.getpid():
             if self._db is not None:
@@ -1423,7 +1482,7 @@ class Store:
             self.path, timeout=0, isolation_level=None, check_same_thread=False
         )
         try:
-            db.row_factory = sqlite3.Row
+            db.row_factory = Row
             version = self._retry(lambda: self._check_header(db))
             self._retry(lambda: self._prepare(db, version))
         except BaseException:
@@ -1444,7 +1503,9 @@ class Store:
             raise StorageError(f"there is no directory {directory}: create it first")
         if not os.path.lexists(self.path):
             if not self._create:
-                raise NotFound(f"there is no database {self.path} yet: `start` makes it")
+                raise NotFound(
+                    f"there is no database {self.path} yet: `start` makes it"
+                )
             with contextlib.suppress(FileExistsError):
                 os.close(private_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR))
         for path in (self.path, self.path + "-wal", self.path + "-shm"):
@@ -1452,7 +1513,7 @@ class Store:
             if reason:
                 raise StorageError(f"the database {path} {reason}: refused")
 
-    def _check_header(self, db: sqlite3.Connection) -> int:
+    def _check_header(self, db: Connection) -> int:
         """The schema's version, 0 for an empty file; refuse all that is not ours."""
         if db.execute("PRAGMA schema_version").fetchone()[0] == 0:
             return 0
@@ -1466,7 +1527,7 @@ class Store:
             )
         return version
 
-    def _prepare(self, db: sqlite3.Connection, version: int) -> None:
+    def _prepare(self, db: Connection, version: int) -> None:
         """Set the connection up; create or migrate the schema in one transaction."""
         db.execute("PRAGMA trusted_schema = OFF")
         db.execute("PRAGMA foreign_keys = ON")
@@ -1524,7 +1585,7 @@ class Store:
             text = str(error)
             for part, meaning in _TROUBLES.items():
                 if part in text:
-                    kind = Busy if part == "locked" else StorageError
+                    kind = Busy if part in ("locked", "full") else StorageError
                     raise kind(f"the database {self.path} {meaning}") from error
             raise StorageError(f"the database {self.path}: {text}") from error
         except OSError as error:
@@ -1550,7 +1611,7 @@ class Store:
     @contextlib.contextmanager
     def transaction(
         self, *, wait: float = BUSY_SECONDS, durable: bool = True
-    ) -> Iterator[sqlite3.Connection]:
+    ) -> Iterator[Connection]:
         """A write transaction: committed at the end, rolled back on an error.
 
         Raises Busy after `wait` seconds.  Not `durable`: what it wrote may be lost in
@@ -1606,54 +1667,38 @@ class Store:
         finally:
             guard.close()
 
-    def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+    def read(self, sql: str, parameters: Any = ()) -> list[Row]:
         """The rows of a SELECT."""
         with self._turn, self._troubles():
-            rows: list[sqlite3.Row] = self._retry(
+            rows: list[Row] = self._retry(
                 lambda: self.db.execute(sql, parameters).fetchall()
             )
             return rows
 
-    def version(self) -> int:
-        """A number that changes when another connection commits."""
-        number: int = self.read("PRAGMA data_version")[0][0]
-        return number
+    def version(self) -> tuple[int, int]:
+        """What changes with each commit, another connection's or our own."""
+        return self.read("PRAGMA data_version")[0][0], self._commits
 
     # --- entering ----------------------------------------------------------
 
-    def insert(
-        self,
-        db: sqlite3.Connection,
-        pid: str,
-        definition: str,
-        data: str,
-        options: Mapping[str, Any],
-        due: float,
-    ) -> None:
+    def insert(self, db: Connection, new: Submission) -> None:
         """Add a queued process; one without steps is finished at once."""
-        now = self.now()
-        row_id = db.execute(
-            """
+        options, number = new.options, self._definition_id(db, new.definition)
+        sql = """
             INSERT INTO process
                    (pid, definition, status, queue, priority, due_at, created_at, name)
-            VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)""",
-            (
-                pid,
-                self._definition_id(db, definition),
-                options["queue"],
-                options["priority"],
-                due,
-                now,
-                options["name"],
-            ),
+            VALUES (?, ?, 'queued', ?, ?, ?, ?, ?) """
+        described = (options["queue"], options["priority"], new.due_at, self.now())
+        row_id = db.execute(
+            sql, (new.pid, number, *described, options["name"])
         ).lastrowid
         assert row_id is not None
-        db.execute("INSERT INTO data VALUES (?, 0, ?)", (row_id, data))
+        db.execute("INSERT INTO data VALUES (?, 0, ?)", (row_id, new.data))
         self.add_event(db, row_id, "start")
-        if definition.startswith('{"steps":{},'):
-            self.transition(db, "finish", row_id, {"finished_at": now})
+        if new.definition.startswith('{"steps":{},'):
+            self.transition(db, "finish", row_id)
 
-    def _definition_id(self, db: sqlite3.Connection, text: str) -> int:
+    def _definition_id(self, db: Connection, text: str) -> int:
         import zlib
 
         if self._known and self._known[0] == text:
@@ -1664,12 +1709,10 @@ class Store:
         sql = "SELECT id FROM definition WHERE hash = ? AND text = ?"
         row = db.execute(sql, (crc, text)).fetchone()
         if row is None:
-            sql = "INSERT INTO definition (hash, text) VALUES (?, ?)"
-            number = db.execute(sql, (crc, text)).lastrowid
-        else:
-            number = row[0]
-        self._known = (text, number)
-        return int(number)
+            db.execute("INSERT INTO definition (hash, text) VALUES (?, ?)", (crc, text))
+            row = db.execute("SELECT last_insert_rowid()").fetchone()
+        self._known = (text, int(row[0]))
+        return self._known[1]
 
     # --- reading -----------------------------------------------------------
 
@@ -1682,7 +1725,7 @@ class Store:
             self._definitions[number] = Definition(row[0])
         return self._definitions[number]
 
-    def find(self, pid: str) -> sqlite3.Row:
+    def find(self, pid: str) -> Row:
         """The row of a pid or of a unique prefix; raises NotFound."""
         rows = self.read(
             "SELECT * FROM process WHERE pid >= ? AND pid < ? LIMIT 2",
@@ -1708,7 +1751,8 @@ class Store:
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
         rows = self.read(f"{self._SHOWN} {clause}", parameters)
         return [
-            ProcessInfo.from_row(row, self.definition(row["definition"])) for row in rows
+            ProcessInfo.from_row(row, self.definition(row["definition"]))
+            for row in rows
         ]
 
     @staticmethod
@@ -1716,7 +1760,11 @@ class Store:
         status: str | None, name: str | None, queue: str | None
     ) -> tuple[str, list[Any]]:
         """A WHERE clause; states stand in it as text, so that their index serves."""
-        groups = {"open": OPEN_STATES, "final": FINAL_STATES, **{s: (s,) for s in STATES}}
+        groups = {
+            "open": OPEN_STATES,
+            "final": FINAL_STATES,
+            **{s: (s,) for s in STATES},
+        }
         if status is not None and status not in groups:
             raise BadSpec(f"status must be one of {', '.join(groups)}, not {status!r}")
         terms, parameters = ["1"], []
@@ -1729,7 +1777,7 @@ class Store:
                 parameters.append(value)
         return "WHERE " + " AND ".join(terms), parameters
 
-    def list(
+    def select(
         self,
         *,
         status: str | None = None,
@@ -1756,7 +1804,7 @@ class Store:
         where, parameters = self._filter(status, name, queue)
         return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
 
-    def output(self, row: sqlite3.Row) -> bytes:
+    def output(self, row: Row) -> bytes:
         """What a process has printed, also what a running step has up to now."""
         head, tail, cut = b"", b"", 0
         for kept in self.read(
@@ -1766,7 +1814,7 @@ class Store:
         gap = b"\n[... %d bytes cut ...]\n" % cut if cut else b""
         return head + gap + tail + self._live_output(row)
 
-    def _live_output(self, row: sqlite3.Row) -> bytes:
+    def _live_output(self, row: Row) -> bytes:
         if row["status"] == RUNNING and os.path.isdir(self.run_directory):
             for entry in os.scandir(self.run_directory):
                 if entry.name.endswith(".log"):
@@ -1775,7 +1823,7 @@ class Store:
                         return printed
         return b""
 
-    def runners(self) -> list[sqlite3.Row]:
+    def runners(self) -> list[Row]:
         """All that are registered, alive or not."""
         return self.read("SELECT * FROM runner ORDER BY id")
 
@@ -1819,7 +1867,7 @@ class Store:
 
     def claim_due(
         self,
-        db: sqlite3.Connection,
+        db: Connection,
         runner: int,
         queues: Iterable[str],
         limit: int,
@@ -1833,11 +1881,11 @@ class Store:
               FROM process AS p
               JOIN data ON data.process = p.id AND data.step_index = p.step_index
              WHERE p.status = 'queued' AND p.due_at <= ?"""
-        rows: list[sqlite3.Row] = []
+        rows: list[Row] = []
         if pid is not None:
             rows = db.execute(f"{sql} AND p.pid = ?", (now, pid)).fetchall()
         for priority in self._priorities() if pid is None else ():
-            due: list[sqlite3.Row] = []
+            due: list[Row] = []
             for queue in queues:
                 due += db.execute(
                     f"""{sql} AND p.priority = ? AND p.queue = ?
@@ -1850,9 +1898,7 @@ class Store:
                 break
         return [self._claim(db, runner, row, now) for row in rows]
 
-    def _claim(
-        self, db: sqlite3.Connection, runner: int, row: sqlite3.Row, now: float
-    ) -> Held:
+    def _claim(self, db: Connection, runner: int, row: Row, now: float) -> Held:
         columns = {"runner": runner, "claim": row["claim"] + 1}
         if row["started_at"] is None:
             columns["started_at"] = now
@@ -1874,7 +1920,7 @@ class Store:
     # --- recording ---------------------------------------------------------
 
     def record(
-        self, db: sqlite3.Connection, held: Held, outcome: Outcome
+        self, db: Connection, held: Held, outcome: Outcome
     ) -> tuple[str, Held | None]:
         """Write how a step ended; return the event, and what to run if it goes on.
 
@@ -1908,12 +1954,9 @@ class Store:
             return event, None
         return event, held._replace(step_index=following, data=data, crashes=0)
 
-    def _columns_after(
-        self, event: str, held: Held, outcome: Outcome
-    ) -> dict[str, Any]:
+    def _columns_after(self, event: str, held: Held, outcome: Outcome) -> Json:
         """What changes beside the status."""
-        now = self.now()
-        columns: dict[str, Any] = {}
+        columns: Json = {}
         if event in ("step", "interrupt", "finish"):
             columns = {"step_index": held.step_index + 1, "error": None}
         elif outcome.error is not None:
@@ -1923,18 +1966,13 @@ class Store:
         if event == "retry":
             options = held.definition.option
             columns["attempt"] = held.attempt + 1
-            columns["due_at"] = now + retry_delay(
+            columns["due_at"] = self.now() + retry_delay(
                 held.attempt, options("retry_interval"), options("backoff")
             )
-        elif event != "cancel" and event in TRANSITIONS:
-            if TRANSITIONS[event][1] in FINAL_STATES:
-                columns["finished_at"] = now
-        elif event == "cancel":
-            columns["finished_at"] = now
         return columns
 
     def _add_output(
-        self, db: sqlite3.Connection, row_id: int, printed: bytes, cut: int
+        self, db: Connection, row_id: int, printed: bytes, cut: int
     ) -> None:
         """Append what a step printed, keeping the first and the last bytes."""
         sql = "SELECT head, tail, cut FROM output WHERE process = ?"
@@ -1946,15 +1984,13 @@ class Store:
         sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
         db.execute(sql, (row_id, head, tail, cut))
 
-    def record_progress(
-        self, db: sqlite3.Connection, held: Held, progress: dict[str, Any]
-    ) -> None:
+    def record_progress(self, db: Connection, held: Held, progress: Json) -> None:
         """Keep how far a running process says it is."""
         text = to_json(progress, "progress")
         if self._update(db, held.id, {"progress": text}, (RUNNING,), held.claim):
             self.add_event(db, held.id, "progress", text)
 
-    def cancel(self, db: sqlite3.Connection, pid: str) -> str:
+    def cancel(self, db: Connection, pid: str) -> str:
         """Cancel a process, or leave its runner the wish; return the pid.
 
         A second cancel is fine; WrongState for one that ended otherwise.
@@ -1964,14 +2000,11 @@ class Store:
             sql = "UPDATE process SET cancel_requested = 1 WHERE id = ?"
             db.execute(sql, (row["id"],))
         elif row["status"] != CANCELLED:
-            columns = {"finished_at": self.now()}
-            if not self.transition(db, "cancel", row["id"], columns):
+            if not self.transition(db, "cancel", row["id"]):
                 raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
         return str(row["pid"])
 
-    def proceed(
-        self, db: sqlite3.Connection, pid: str, data: dict[str, Any]
-    ) -> str:
+    def proceed(self, db: Connection, pid: str, data: Json) -> str:
         """Merge `data` over what waits and queue the next step at the front."""
         row = self.find(pid)
         if row["status"] != INTERRUPTED:
@@ -1982,10 +2015,10 @@ class Store:
         merged = {**json.loads(db.execute(sql, key).fetchone()[0]), **data}
         sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
         db.execute(sql, (to_json(merged), *key))
-        now = self.now()
         if row["step_index"] == len(self.definition(row["definition"]).steps):
-            self.transition(db, "finish", row["id"], {"finished_at": now})
+            self.transition(db, "finish", row["id"])
         else:
+            now = self.now()
             first = self.next_due([row["queue"]])
             due = now if first is None else min(now, first - 0.001)
             self.transition(db, "proceed", row["id"], {"due_at": due, "error": None})
@@ -2014,17 +2047,17 @@ class Store:
 
     def add_worker(self, runner: int, os_pid: int, born: str, token: str) -> None:
         """Note a child, so that its tree can be ended if the runner cannot do it."""
-        with self.transaction(durable=False) as db:
+        with self.transaction(wait=1, durable=False) as db:
             sql = "INSERT INTO worker VALUES (?, ?, ?, ?)"
             db.execute(sql, (runner, os_pid, born, token))
 
     def remove_worker(self, runner: int, token: str) -> None:
         """Forget a child of which nothing is left."""
-        with self.transaction(durable=False) as db:
+        with self.transaction(wait=1, durable=False) as db:
             sql = "DELETE FROM worker WHERE runner = ? AND token = ?"
             db.execute(sql, (runner, token))
 
-    def workers(self, runner: int) -> list[sqlite3.Row]:
+    def workers(self, runner: int) -> list[Row]:
         """The children that a runner has noted."""
         return self.read("SELECT * FROM worker WHERE runner = ?", (runner,))
 
@@ -2044,7 +2077,7 @@ class Store:
         `charged`: its death counts as a crash of each; a reboot does not.  Returns the
         pids.
         """
-        with self.transaction() as db:
+        with self.transaction(wait=1) as db:
             rows = db.execute(
                 "SELECT * FROM process WHERE status = 'running' AND runner = ?",
                 (runner,),
@@ -2054,9 +2087,7 @@ class Store:
             db.execute("DELETE FROM runner WHERE id = ?", (runner,))
         return [row["pid"] for row in rows]
 
-    def _recover_one(
-        self, db: sqlite3.Connection, row: sqlite3.Row, crashes: int
-    ) -> None:
+    def _recover_one(self, db: Connection, row: Row, crashes: int) -> None:
         definition = self.definition(row["definition"])
         step = definition.step_name(row["step_index"])
         on_lost = definition.option("on_lost") if crashes > row["crashes"] else "retry"
@@ -2067,16 +2098,14 @@ class Store:
             reason = f"{crashes} runners died while it ran, the last in step {step!r}"
         if row["cancel_requested"]:
             event = "cancel"
-        columns: dict[str, Any] = {"runner": None, "crashes": crashes}
+        columns: Json = {"runner": None, "crashes": crashes}
         if event in ("interrupt", "fail"):
             columns["error"] = to_json(make_error(step, "RunnerDied", reason))
-        if event in ("cancel", "fail"):
-            columns["finished_at"] = self.now()
         self.transition(db, event, row["id"], columns, claim=row["claim"])
 
     # --- upkeep ------------------------------------------------------------
 
-    def prune(self, older_than: float) -> int:
+    def prune(self, older_than: float, *, wait: float = BUSY_SECONDS) -> int:
         """Delete processes that ended more than so many seconds ago; return how many.
 
         In small transactions, so that nobody waits for it.
@@ -2098,14 +2127,19 @@ class Store:
                 if row["status"] in FINAL_STATES and row["finished_at"] <= limit
             ]
             if old:
-                with self.transaction() as db:
+                with self.transaction(wait=wait) as db:
                     self._delete(db, old)
                 pruned += len(old)
 
-    def _delete(self, db: sqlite3.Connection, rows: list[sqlite3.Row]) -> None:
-        for table, column in (("process", "id"), ("data", "process"), ("output", "process")):
+    def _delete(self, db: Connection, rows: list[Row]) -> None:
+        for table, column in (
+            ("process", "id"),
+            ("data", "process"),
+            ("output", "process"),
+        ):
             db.executemany(
-                f"DELETE FROM {table} WHERE {column} = ?", [(row["id"],) for row in rows]
+                f"DELETE FROM {table} WHERE {column} = ?",
+                [(row["id"],) for row in rows],
             )
         # The newest event stays, so that its number is never given again.
         sql = """
@@ -2127,10 +2161,10 @@ class Store:
 
     def transition(
         self,
-        db: sqlite3.Connection,
+        db: Connection,
         event: str,
         row_id: int,
-        columns: dict[str, Any],
+        columns: Json | None = None,
         *,
         claim: int | None = None,
     ) -> bool:
@@ -2140,7 +2174,9 @@ class Store:
         claim and, whatever the event but `cancel`, nobody wants it cancelled.
         """
         sources, target = TRANSITIONS[event]
-        columns["status"] = target
+        columns = {"status": target, **(columns or {})}
+        if target in FINAL_STATES:
+            columns["finished_at"] = self.now()
         if not self._update(db, row_id, columns, sources, claim):
             return False
         self.add_event(db, row_id, event)
@@ -2148,9 +2184,9 @@ class Store:
 
     def _update(
         self,
-        db: sqlite3.Connection,
+        db: Connection,
         row_id: int,
-        columns: dict[str, Any],
+        columns: Json,
         sources: tuple[str, ...],
         claim: int | None,
     ) -> bool:
@@ -2172,14 +2208,11 @@ class Store:
         return db.execute(sql, values).rowcount > 0
 
     def add_event(
-        self, db: sqlite3.Connection, row_id: int, kind: str, detail: str | None = None
+        self, db: Connection, row_id: int, kind: str, detail: str | None = None
     ) -> None:
         """Write down what happened."""
         sql = "INSERT INTO event (process, at, kind, detail) VALUES (?, ?, ?, ?)"
         db.execute(sql, (row_id, self.now(), kind, detail))
-
-
-_inherited: list[sqlite3.Connection] = []  # of a parent, never touched again
 
 
 # ===========================================================================
@@ -2197,7 +2230,7 @@ class ProcessStep:
 
     interrupts = False
 
-    def execute(self, data: dict[str, Any]) -> dict[str, Any] | None:
+    def execute(self, data: Json) -> Json | None:
         """Do the work; raise to fail.  May be `async def`."""
         raise NotImplementedError(f"{type(self).__name__} has no execute")
 
@@ -2229,7 +2262,7 @@ class Context(namedtuple("Context", "pid step index attempt report stopped")):
         """Say how far the step is; `status` shows the last word."""
         for value, name in ((done, "done"), (total, "total")):
             if value is not None:
-                _number(value, name, 0, 2**63, whole=False)
+                _number(value, name, 0, 2**63, integer=False)
         if message is not None:
             check_text(message, "message", 1000)
         if total is not None and done > total:
@@ -2318,14 +2351,16 @@ class Services:
 
     def __init__(self, factories: Mapping[str, Any] | None = None):
         self._factories = factories or {}
-        self._built: dict[str, Any] = {}
+        self._built: Json = {}
 
     def get(self, name: str) -> Any:
         """The service of that name."""
         if name not in self._built:
             if name not in self._factories:
                 known = ", ".join(sorted(self._factories)) or "none"
-                raise StepError("LookupError", f"no service {name!r}; there are: {known}")
+                raise StepError(
+                    "LookupError", f"no service {name!r}; there are: {known}"
+                )
             factory = self._factories[name]
             self._built[name] = factory() if callable(factory) else factory
         return self._built[name]
@@ -2336,40 +2371,6 @@ class _FunctionStep:
 
     def __init__(self, function: Callable[[Any], Any]):
         self.execute = function
-
-
-class _CommandStep:
-    """A step made of a program: data on standard input, result on standard output."""
-
-    def __init__(self, command: list[str] | str, output: str):
-        self._command, self._output = command, output
-
-    def execute(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Run it to its end; raises StepError for any exit code but 0."""
-        limit = OUTPUT_HEAD_BYTES if self._output == "text" else MAX_JSON_BYTES
-        code, out, err = _run_command(self._command, to_json(data).encode(), limit)
-        if code:
-            tail = err.kept()[-2000:].decode("utf-8", "replace").strip()
-            raise _command_failed(self._command, code, tail)
-        if self._output == "text":
-            return {"stdout": out.kept().decode("utf-8", "replace"), "exit_code": 0}
-        if out.cut:
-            raise StepError("BadOutput", f"printed more than {MAX_JSON_BYTES} bytes")
-        return check_object(from_json(out.kept(), "its output"), "its output")
-
-
-def _command_failed(command: list[str] | str, code: int, tail: str) -> StepError:
-    import signal
-
-    name = shorten(command if isinstance(command, str) else command[0], 200)
-    ended, number = f"ended with exit code {code}", None
-    if code < 0:
-        number = signal_name(-code)
-        ended = f"was ended by {number}"
-    message = f"{name!r} {ended}" + (f": {tail}" if tail else "")
-    return StepError(
-        "CommandFailed", message, exit_code=code if code > 0 else None, signal=number
-    )
 
 
 def signal_name(number: int) -> str:
@@ -2474,6 +2475,38 @@ def _run_command(
     return code, out, err
 
 
+def _command_failed(command: list[str] | str, code: int, tail: str) -> StepError:
+    name = shorten(command if isinstance(command, str) else command[0], 200)
+    ended, number = f"ended with exit code {code}", None
+    if code < 0:
+        number = signal_name(-code)
+        ended = f"was ended by {number}"
+    message = f"{name!r} {ended}" + (f": {tail}" if tail else "")
+    return StepError(
+        "CommandFailed", message, exit_code=code if code > 0 else None, signal=number
+    )
+
+
+class _CommandStep:
+    """A step made of a program: data on standard input, result on standard output."""
+
+    def __init__(self, command: list[str] | str, output: str):
+        self._command, self._output = command, output
+
+    def execute(self, data: Json) -> Json:
+        """Run it to its end; raises StepError for any exit code but 0."""
+        limit = OUTPUT_HEAD_BYTES if self._output == "text" else MAX_JSON_BYTES
+        code, out, err = _run_command(self._command, to_json(data).encode(), limit)
+        if code:
+            tail = err.kept()[-2000:].decode("utf-8", "replace").strip()
+            raise _command_failed(self._command, code, tail)
+        if self._output == "text":
+            return {"stdout": out.kept().decode("utf-8", "replace"), "exit_code": 0}
+        if out.cut:
+            raise StepError("BadOutput", f"printed more than {MAX_JSON_BYTES} bytes")
+        return check_object(from_json(out.kept(), "its output"), "its output")
+
+
 def build_step(spec: Any, services: Services, directory: str) -> Any:
     """The object with `execute` that a spec describes; raises StepError."""
     if isinstance(spec, str):
@@ -2502,13 +2535,17 @@ def _needs_code(spec: Any) -> bool:
     return isinstance(spec, str) or not ("command" in spec or "shell" in spec)
 
 
+# The dict below os.environ: to read that, variable by variable, takes 60 µs.
+_environ: dict[Any, Any] = getattr(os.environ, "_data")  # noqa: B009
+
+
 @contextlib.contextmanager
 def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
     """The working directory, environment and arguments of a step; then as before."""
     global _context
     spec = order["spec"] if isinstance(order["spec"], dict) else {}
     directory = os.path.join(order["directory"], spec.get("cwd", ""))
-    environment, arguments = os.environ.copy(), sys.argv
+    arguments, environment = sys.argv, dict(_environ)
     try:
         try:
             os.chdir(directory)
@@ -2543,9 +2580,12 @@ def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
     finally:
         _context = None
         sys.argv = arguments
-        if os.environ != environment:
-            os.environ.clear()
-            os.environ.update(environment)
+        if _environ != environment:
+            decode = os.environ.decodevalue
+            for name in _environ.keys() - environment.keys():
+                del os.environ[decode(name)]
+            for name, value in environment.items():
+                os.environ[decode(name)] = decode(value)
 
 
 async def _await(result: Any) -> Any:
@@ -2554,7 +2594,7 @@ async def _await(result: Any) -> Any:
 
 def execute_step(
     order: Mapping[str, Any], services: Services, context: Context
-) -> tuple[dict[str, Any] | None, bool]:
+) -> tuple[Json | None, bool]:
     """Run one step: (its result or None, whether it interrupts).
 
     Whatever it raises comes out of here, sys.exit and its like too.
@@ -2573,7 +2613,7 @@ def execute_step(
         return result, bool(interrupts)
 
 
-def describe_failure(step: str, error: BaseException) -> dict[str, Any]:
+def describe_failure(step: str, error: BaseException) -> Json:
     """The record of what a step raised; safe for exceptions that are broken too."""
     import traceback
 
@@ -2616,7 +2656,7 @@ class StepExecutor:
 
     def execute(
         self, steps: Mapping[str, Any], data: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The last step's output.  Stops after an interrupting step, with its output.
 
         A step's own exception comes out as it is; timeouts are not enforced.
@@ -2625,10 +2665,10 @@ class StepExecutor:
 
     def execute_until(
         self, steps: Mapping[str, Any], data: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], bool]:
+    ) -> tuple[Json, bool]:
         """The same, and whether it was an interrupting step that ended it."""
         ManagedProcess(steps)
-        passed: dict[str, Any] = json.loads(to_json(check_object(dict(data or {}))))
+        passed: Json = json.loads(to_json(check_object(dict(data or {}))))
         pid, home = os.urandom(PID_LENGTH // 2).hex(), os.getcwd()
         for place in (os.path.dirname(os.path.abspath(__file__)), home):
             if place not in sys.path:
@@ -2669,15 +2709,13 @@ class _Connection:
         os.dup2(null, 0)
         os.close(null)
         os.dup2(2, 1)  # print() goes where errors go: to the output file
-        self._guarded = [(fd, os.fstat(fd)) for fd in (0, 1, 2, self._writing)]
+        self._inodes = {fd: os.fstat(fd).st_ino for fd in (0, 1, 2, self._writing)}
         self._turn = threading.Lock()
 
-    def intact(self) -> bool:
-        """Whether a step has left the descriptors alone."""
+    def intact(self, fds: Iterable[int] = (0, 1, 2)) -> bool:
+        """Whether the steps have left these descriptors alone."""
         try:
-            return all(
-                os.path.samestat(os.fstat(fd), before) for fd, before in self._guarded
-            )
+            return all(os.fstat(fd).st_ino == self._inodes[fd] for fd in fds)
         except OSError:
             return False
 
@@ -2694,12 +2732,12 @@ class _Connection:
                 parts = []
             parts.append(rest)
 
-    def send(self, header: dict[str, Any], data: str | None = None) -> None:
+    def send(self, header: Json, data: str | None = None) -> None:
         """Write one frame, all of it."""
         line = json.dumps(header) + ("" if data is None else "\t" + data) + "\n"
         content = memoryview(line.encode())
         with self._turn:
-            if not self.intact():
+            if not self.intact((self._writing,)):
                 os._exit(70)  # a step has closed our pipe, and its number is another's
             while content:
                 content = content[os.write(self._writing, content) :]
@@ -2755,10 +2793,11 @@ class _Sources:
 class _Worker:
     """Runs the orders that come in, one after the other."""
 
-    def __init__(self, connection: _Connection, hello: dict[str, Any]):
+    def __init__(self, connection: _Connection, hello: Json):
         self._connection = connection
-        self._inbox: deque[dict[str, Any]] = deque()
-        self._arrived = threading.Semaphore(0)
+        import queue
+
+        self._inbox: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._output = OutputFile(hello["output"])
         self._script_args, self._database = hello["script_args"], hello["database"]
         self._limit = hello["limit"]
@@ -2778,24 +2817,25 @@ class _Worker:
             if "give_back" in header:
                 self._connection.send({"given_back": self._give_back()})
             else:
-                self._inbox.append(header)
-                self._arrived.release()
+                self._inbox.put(header)
         kill_children()
         self._output.remove()
         os._exit(0)
 
     def _give_back(self) -> list[int]:
         """Take out what has not begun; the runner has better use for it."""
+        import queue
+
         numbers = []
-        while self._arrived.acquire(blocking=False):
-            numbers.append(self._inbox.popleft()["id"])
+        with contextlib.suppress(queue.Empty):
+            while True:
+                numbers.append(self._inbox.get_nowait()["id"])
         return numbers
 
     def run(self) -> None:
         """Serve until this worker should be replaced."""
         while True:
-            self._arrived.acquire()
-            order = self._inbox.popleft()
+            order = self._inbox.get()
             reason = self._unfit(order)
             if reason:
                 self._connection.send({"retire": reason})
@@ -2805,7 +2845,7 @@ class _Worker:
             if report.get("spent") or self._stopped.is_set():
                 return
 
-    def _unfit(self, order: dict[str, Any]) -> str | None:
+    def _unfit(self, order: Json) -> str | None:
         """Why another worker must do this, None if this one can."""
         if self._limit:
             self._served.add(order["pid"])
@@ -2822,10 +2862,10 @@ class _Worker:
         changed = self._sources.changed()
         return changed and f"{changed} has changed"
 
-    def _perform(self, order: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    def _perform(self, order: Json) -> tuple[Json, str | None]:
         """Run one step and make its report."""
-        report: dict[str, Any] = {"id": order["id"]}
-        data = None
+        report: Json = {"id": order["id"]}
+        data, began = None, time.perf_counter()
         self._output.begin(order["pid"])
         try:
             report["ending"], data = self._execute(order)
@@ -2842,9 +2882,10 @@ class _Worker:
             report["output"] = self._output.read()[1].decode("latin-1")
         if not self._connection.intact() or children_left():
             report["spent"] = True
+        report["took"] = time.perf_counter() - began
         return report, data
 
-    def _execute(self, order: dict[str, Any]) -> tuple[str, str | None]:
+    def _execute(self, order: Json) -> tuple[str, str | None]:
         context = Context(
             order["pid"],
             order["step"],
@@ -2858,7 +2899,6 @@ class _Worker:
         try:
             result, interrupts = execute_step(order, self._find_services(), context)
         finally:
-            os.chdir(self._base)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         where = f"the output of step {order['step']!r}"
         data = None if result is None else to_json(check_object(result, where), where)
@@ -2868,11 +2908,13 @@ class _Worker:
         if self._registry is None:
             factories = resolve(self._services, self._base) if self._services else {}
             if not isinstance(factories, Mapping):
-                raise StepError("TypeError", f"{self._services} is not a dict of factories")
+                raise StepError(
+                    "TypeError", f"{self._services} is not a dict of factories"
+                )
             self._registry = Services(factories)
         return self._registry
 
-    def _report_progress(self, number: int, progress: dict[str, Any]) -> None:
+    def _report_progress(self, number: int, progress: Json) -> None:
         """At most twice a second, but never lose the end."""
         now = time.monotonic()
         if now - self._progress_at >= 0.5 or progress["done"] == progress["total"]:
@@ -2932,7 +2974,8 @@ class ProcessManager:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "procman.db")
         chosen = os.fspath(path or os.environ.get("PROCMAN_DB") or beside)
         self.store = Store(chosen, now=now, create=create)
-        self._defaults = check_options(defaults or {})
+        self._defaults = {name: option.default for name, option in OPTIONS.items()}
+        self._defaults.update(check_options(defaults or {}))
         self._socket: Any = None
 
     @property
@@ -2945,7 +2988,7 @@ class ProcessManager:
         process: ManagedProcess,
         data: Mapping[str, Any] | None = None,
         *,
-        connection: sqlite3.Connection | None = None,
+        connection: Connection | None = None,
     ) -> str:
         """Queue a process and return its pid; it is on disk when this returns.
 
@@ -2958,14 +3001,15 @@ class ProcessManager:
         if not any(file and os.path.samefile(file, self.path) for file in files):
             raise StorageError(f"the connection given is not to {self.path}")
         if not connection.in_transaction:
-            raise ProcmanError("the connection given has no open transaction: BEGIN first")
-        pid, *rest = self._prepare(process, data, self._directory())
-        self.store.insert(connection, pid, *rest)
-        return str(pid)
+            raise ProcmanError(
+                "the connection given has no open transaction: BEGIN first"
+            )
+        new = self._prepare(process, data, self._directory())
+        self.store.insert(connection, new)
+        return str(new.pid)
 
     def start_many(
-        self,
-        processes: Iterable[ManagedProcess | tuple[ManagedProcess, Any]],
+        self, processes: Iterable[ManagedProcess | tuple[ManagedProcess, Any]]
     ) -> list[str]:
         """Queue many in one transaction, all or none; return the pids in order."""
         directory = self._directory()
@@ -2974,22 +3018,20 @@ class ProcessManager:
             process, data = item if isinstance(item, tuple) else (item, None)
             ready.append(self._prepare(process, data, directory))
         with self.store.transaction() as db:
-            for entry in ready:
-                self.store.insert(db, *entry)
+            for new in ready:
+                self.store.insert(db, new)
         self.ring()
-        return [entry[0] for entry in ready]
+        return [new.pid for new in ready]
 
     def _prepare(
         self, process: ManagedProcess, data: Any, directory: str
-    ) -> tuple[str, str, str, dict[str, Any], float]:
+    ) -> Submission:
         """What `Store.insert` takes, all of it checked."""
         if not isinstance(process, ManagedProcess):
             kind = type(process).__name__
             raise BadType(f"process must be a ManagedProcess, not {kind}")
-        options = {name: option.default for name, option in OPTIONS.items()}
-        options.update(self._defaults)
-        options.update(process.options)
-        return (
+        options = {**self._defaults, **process.options}
+        return Submission(
             os.urandom(PID_LENGTH // 2).hex(),
             Definition.text(process, options, directory),
             to_json(check_object({} if data is None else data)),
@@ -3025,8 +3067,8 @@ class ProcessManager:
     ) -> list[ProcessInfo]:
         """Records, newest first.  `status`: a state, `open` or `final`."""
         for value, what in ((limit, "limit"), (offset, "offset")):
-            _number(value, what, 0, 2**31, whole=True)
-        return self.store.list(
+            _number(value, what, 0, 2**31, integer=True)
+        return self.store.select(
             status=status, name=name, queue=queue, limit=limit, offset=offset
         )
 
@@ -3090,17 +3132,21 @@ class ProcessManager:
     def _wait(
         self, pids: list[str], enough: int | None, timeout: float | None
     ) -> list[ProcessInfo]:
-        deadline = None if timeout is None else time.monotonic() + seconds(timeout, "timeout")
+        deadline = (
+            None if timeout is None else time.monotonic() + seconds(timeout, "timeout")
+        )
         pids = [self.store.find(pid)["pid"] for pid in pids]
         open_pids, settled = list(pids), set()
-        turn, version = 0, -1
+        turn, version = 0, (-1, -1)
         while open_pids:
             seen = self.store.version()
-            if seen != version or turn % 16 == 0:  # our own commits do not count in it
-                version, turn = seen, 0 if seen != version else turn
+            if seen != version:
+                version, turn = seen, 0
                 states = {pid: self.get_process_status(pid) for pid in open_pids}
                 settled |= {
-                    pid for pid in open_pids if states[pid] in (*FINAL_STATES, INTERRUPTED)
+                    pid
+                    for pid in open_pids
+                    if states[pid] in (*FINAL_STATES, INTERRUPTED)
                 }
                 open_pids = [pid for pid in open_pids if pid not in settled]
                 if not open_pids or (enough and len(settled) >= enough):
@@ -3156,7 +3202,7 @@ class ProcessManager:
 class WorkerHandle:
     """The runner's view of one child: its pipes, its tree, what it holds."""
 
-    def __init__(self, name: str, hello: dict[str, Any]):
+    def __init__(self, name: str, hello: Json):
         self.held: dict[int, Held] = {}  # by id, in the order handed over
         self.ready = False  # it has come up
         self.leaving: str | None = None  # why it gets no more orders
@@ -3169,7 +3215,8 @@ class WorkerHandle:
         self.output = OutputFile(hello["output"])
         self.tree: Tree | None = None
         self.child: asyncio.subprocess.Process | None = None
-        self._unsent = [json.dumps(hello).encode() + b"\n"]
+        self._alone = False
+        self._orders = [json.dumps(hello) + "\n"]
 
     async def spawn(self) -> None:
         """Start the child; raises OSError."""
@@ -3195,15 +3242,7 @@ class WorkerHandle:
         finally:
             os.close(appending)
         self.tree = Tree(self.child.pid, self.token)
-        self._write(b"".join(self._unsent))
-        self._unsent = []
-
-    def _write(self, content: bytes) -> None:
-        if self.child is None:
-            self._unsent.append(content)
-        elif self.child.stdin is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # its end is seen elsewhere
-                self.child.stdin.write(content)
+        self.flush()
 
     async def frames(self) -> Any:
         """What the child says, some at a time: lists of (header, data or None)."""
@@ -3221,51 +3260,53 @@ class WorkerHandle:
             parts.append(rest)
 
     @staticmethod
-    def _frame(line: bytes) -> tuple[dict[str, Any], str | None]:
+    def _frame(line: bytes) -> tuple[Json, str | None]:
         header, tab, data = line.partition(b"\t")
         return json.loads(header), data.decode() if tab else None
 
     def room(self) -> int:
-        """How many more steps it may be handed now.
-
-        Short ones are handed several at a time.  One that has seen a runner die runs
-        alone, so that no other is charged for what it does.
-        """
-        if self.leaving or (self.held and not self.ready):
+        """How many more steps it may be handed now: short ones several at a time."""
+        if self.leaving or (self.held and (self._alone or not self.ready)):
             return 0
-        deep = min(GROUP_SIZE, max(1, int(AHEAD_SECONDS / self.pace)))
-        if any(held.crashes for held in self.held.values()):
-            deep = 1
-        return max(0, deep - len(self.held))
+        ahead = max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
+        return max(0, ahead - len(self.held))
 
-    def give(self, batch: list[Held]) -> None:
-        """Hand steps over; they run in this order."""
+    def give(self, held: Held) -> None:
+        """Hand a step over, with the next `flush`; it runs after those held before.
+
+        One that has seen a runner die gets no company: nobody else is to be charged
+        for what it does.
+        """
         if not self.held:
             self.head_since = time.monotonic()
-        lines = []
-        for held in batch:
-            self.held[held.id] = held
-            constant = held.definition.order(held.step_index)
-            lines.append(
-                f'{constant},"id":{held.id},"pid":"{held.pid}",'
-                f'"attempt":{held.attempt},"data":{held.data}}}\n'
-            )
-        self._write("".join(lines).encode())
+        self._alone = held.crashes > 0
+        self.held[held.id] = held
+        self._orders.append(
+            f'{held.definition.order(held.step_index)},"id":{held.id},'
+            f'"pid":"{held.pid}","attempt":{held.attempt},"data":{held.data}}}\n'
+        )
+
+    def flush(self) -> None:
+        """Send what was handed over, if the child is up to take it."""
+        if self._orders and self.child is not None and self.child.stdin is not None:
+            with contextlib.suppress(
+                OSError, RuntimeError
+            ):  # its end is seen elsewhere
+                self.child.stdin.write("".join(self._orders).encode())
+            self._orders = []
 
     def ask_back(self) -> None:
         """Ask for what waits behind the running step."""
         if not self.asked_back:
             self.asked_back = True
-            self._write(b'{"give_back":true}\n')
+            self._orders.append('{"give_back":true}\n')
+            self.flush()
 
-    def take(self, number: int) -> Held | None:
+    def take(self, number: int, took: float) -> Held | None:
         """A step has been reported: it is held no more; the next one has begun."""
-        held = self.held.pop(number, None)
-        now = time.monotonic()
-        spent = now - self.head_since
-        self.pace = max(spent, 0.9 * self.pace + 0.1 * spent, 1e-5)
-        self.head_since, self.cut = now, 0
-        return held
+        self.pace = max(took, 0.9 * self.pace + 0.1 * took)
+        self.head_since, self.cut = time.monotonic(), 0
+        return self.held.pop(number, None)
 
     def head(self) -> Held | None:
         """The step that runs now."""
@@ -3281,7 +3322,10 @@ class WorkerHandle:
         if length is not None:
             name = head.definition.step_name(head.step_index)
             limits.append(
-                (self.head_since + length, f"step {name!r} ran longer than {length:g} s")
+                (
+                    self.head_since + length,
+                    f"step {name!r} ran longer than {length:g} s",
+                )
             )
         if head.deadline is not None:
             length = head.definition.option("timeout")
@@ -3346,7 +3390,7 @@ class Runner:
         }
         for name, value in limits.items():
             if value is not None:
-                _number(value, name, 1, 2**31, whole=True)
+                _number(value, name, 1, 2**31, integer=True)
         if services is not None:
             _check_reference(services, "services")
         self.already_running = False
@@ -3370,12 +3414,13 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready: deque[Held] = deque()  # claimed, to be handed over
         self._results: list[tuple[Held, Outcome]] = []  # to be committed
-        self._progress: dict[int, tuple[Held, dict[str, Any]]] = {}
+        self._progress: dict[int, tuple[Held, Json]] = {}
         self._first_result_at = 0.0
         self._claimed = self._done = self._spawned = self._failures = 0
         self._spawn_after = self._upkeep_after = self._prune_after = 0.0
         self._busy_since: float | None = None
         self._stopping = False
+        self._failure: BaseException | None = None
         self._waker: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rung = True
@@ -3415,11 +3460,13 @@ class Runner:
         bell = None
         try:
             life.acquire()
-            bell, _ = await self._loop.create_datagram_endpoint(
-                lambda: _Doorbell(self._wake),  # type: ignore[arg-type,return-value]
-                local_addr=("127.0.0.1", 0),
-            )
-            port = bell.get_extra_info("sockname")[1]
+            port = None
+            with contextlib.suppress(OSError):  # no loopback: we look every second
+                doorbell: Any = _Doorbell(self._wake)
+                bell, _ = await self._loop.create_datagram_endpoint(
+                    lambda: doorbell, local_addr=("127.0.0.1", 0)
+                )
+                port = bell.get_extra_info("sockname")[1]
             self._number = self._store.add_runner(
                 self._token, boot_id(), self._queues, port
             )
@@ -3427,8 +3474,13 @@ class Runner:
         finally:
             if bell is not None:
                 bell.close()
-            await self._leave(life)
-            alone.release()
+            try:
+                await self._leave()
+            finally:
+                life.release(remove=not self._results)
+                alone.release()
+        if self._failure is not None:
+            raise self._failure
         return self._done
 
     async def _serve(self) -> None:
@@ -3440,7 +3492,8 @@ class Runner:
         while not self._stopping:
             self._keep_up()
             if not self._commit():
-                await asyncio.sleep(random.uniform(0.001, 0.003))
+                busy = time.monotonic() - (self._busy_since or 0.0)
+                await asyncio.sleep(min(0.1, 0.001 + busy / 10) * random.uniform(1, 2))
                 continue
             self._hand_over()
             if self._nothing_left():
@@ -3454,7 +3507,7 @@ class Runner:
             return True
         return not self._wait and not self._is_due()
 
-    async def _leave(self, life: LockFile) -> None:
+    async def _leave(self) -> None:
         """Stop what runs, queue it again, and leave nothing behind."""
         import asyncio
 
@@ -3471,7 +3524,6 @@ class Runner:
                 await asyncio.sleep(0.01)
             if not self._results:
                 self._store.remove_runner(self._number)
-        life.release(remove=not self._results)
 
     def _wake(self) -> None:
         self._rung = True
@@ -3502,7 +3554,9 @@ class Runner:
         if self._results:
             idle = any(worker.ready and not worker.held for worker in self._workers)
             full = len(self._results) >= GROUP_SIZE
-            moments.append(now if idle or full else self._first_result_at + GROUP_SECONDS)
+            moments.append(
+                now if idle or full else self._first_result_at + GROUP_SECONDS
+            )
         for worker in self._workers:
             limit = worker.deadline()
             if limit:
@@ -3522,23 +3576,33 @@ class Runner:
         if self._stopping:
             return 0
         room = sum(worker.room() for worker in self._workers) - len(self._ready)
-        if time.monotonic() >= self._spawn_after:
-            room += max(0, self._max_workers - len(self._workers))
+        if self._may_spawn():
+            room += self._max_workers - len(self._workers)
         if self._max_jobs is not None:
             room = min(room, self._max_jobs - self._claimed)
         return max(0, room)
 
     def _add_worker(self) -> WorkerHandle:
-        assert self._loop is not None
         self._spawned += 1
         name = f"{self._token}-{self._spawned}"
         output = os.path.join(self._store.run_directory, name + ".log")
         worker = WorkerHandle(name, {**self._hello, "output": output})
         self._workers.append(worker)
-        task = self._loop.create_task(self._attend(worker))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin_task(self._attend(worker))
         return worker
+
+    def _begin_task(self, coroutine: Any) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._end_task)
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
+            self._stopping = True
+            self._wake()
 
     async def _attend(self, worker: WorkerHandle) -> None:
         """The life of one worker, from its start to the end of its tree."""
@@ -3547,7 +3611,10 @@ class Runner:
             assert worker.child
             with contextlib.suppress(Busy):  # it is for a crash of ours only
                 self._store.add_worker(
-                    self._number, worker.child.pid, start_time(worker.child.pid), worker.token
+                    self._number,
+                    worker.child.pid,
+                    start_time(worker.child.pid),
+                    worker.token,
                 )
             async for frames in worker.frames():
                 for header, data in frames:
@@ -3560,9 +3627,7 @@ class Runner:
         finally:
             await self._bury(worker)
 
-    def _on_frame(
-        self, worker: WorkerHandle, header: dict[str, Any], data: str | None
-    ) -> None:
+    def _on_frame(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
         if "ready" in header:
             worker.ready, self._failures = True, 0
             worker.head_since = time.monotonic()
@@ -3582,13 +3647,11 @@ class Runner:
         else:
             self._on_report(worker, header, data)
 
-    def _on_report(
-        self, worker: WorkerHandle, header: dict[str, Any], data: str | None
-    ) -> None:
+    def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
         cut = worker.cut
         if header["ending"] == "stopped" and worker.victim is not None:
             return  # the tree goes first, then it is recorded: see `_bury`
-        held = worker.take(header["id"])
+        held = worker.take(header["id"], header["took"])
         if header.get("spent"):
             worker.leaving = worker.leaving or "retire"
         if held is not None:
@@ -3659,7 +3722,7 @@ class Runner:
         worker.held.clear()
 
     @staticmethod
-    def _death(held: Held, code: int | None) -> dict[str, Any]:
+    def _death(held: Held, code: int | None) -> Json:
         """The error of a step whose worker died under it."""
         step = held.definition.step_name(held.step_index)
         if code is not None and code < 0:
@@ -3684,11 +3747,8 @@ class Runner:
         if worker.leaving and why != "stop":
             return
         worker.leaving, worker.victim = why, victim or worker.victim
-        assert self._loop is not None
         worker.ask_back()
-        task = self._loop.create_task(self._end_tree(worker))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin_task(self._end_tree(worker))
 
     async def _end_tree(self, worker: WorkerHandle) -> None:
         import asyncio
@@ -3778,38 +3838,38 @@ class Runner:
             log().warning("%s; this runner goes on trying", error)
 
     def _hand_over(self) -> None:
-        """Give what is claimed to the workers with most room; give the rest back."""
-        batches: dict[int, list[Held]] = {}
+        """Give what is claimed to the workers, and what none can begin soon back."""
         while self._ready:
-            held = self._ready[0]
-            worker = self._choose(batches, alone=held.crashes > 0)
+            worker = self._choose()
             if worker is None:
                 break
-            batches.setdefault(id(worker), []).append(self._ready.popleft())
+            worker.give(self._ready.popleft())
         for worker in self._workers:
-            if id(worker) in batches:
-                worker.give(batches[id(worker)])
-        if time.monotonic() >= self._spawn_after:
-            for held in self._ready:  # nobody could begin it soon
-                self._add_result(held, Outcome("stopped"))
-            self._ready.clear()
+            worker.flush()
+        for held in self._ready:
+            self._add_result(held, Outcome("stopped"))
+        self._ready.clear()
 
-    def _choose(
-        self, batches: dict[int, list[Held]], *, alone: bool
-    ) -> WorkerHandle | None:
-        """The worker for the next step: an idle one, a new one, one with room."""
-        best, most = None, 0
-        for worker in self._workers:
-            given = len(batches.get(id(worker), ()))
-            if not worker.held and not given and not worker.leaving:
-                return worker
-            room = worker.room() - given
-            if room > most and not alone and not (given and batches[id(worker)][0].crashes):
-                best, most = worker, room
-        if len(self._workers) < self._max_workers:
-            if time.monotonic() >= self._spawn_after:
-                return self._add_worker()
+    def _choose(self) -> WorkerHandle | None:
+        """The worker for the next step: an idle, a new one, the one with most room."""
+        best = max(self._workers, key=self._suits, default=None)
+        if best is not None and not best.held and not best.leaving:
+            return best
+        if self._may_spawn():
+            return self._add_worker()
+        if best is None or not best.room() or self._ready[0].crashes:
+            return None
         return best
+
+    @staticmethod
+    def _suits(worker: WorkerHandle) -> tuple[bool, int]:
+        return not worker.held and not worker.leaving, worker.room()
+
+    def _may_spawn(self) -> bool:
+        return (
+            len(self._workers) < self._max_workers
+            and time.monotonic() >= self._spawn_after
+        )
 
     # --- upkeep ------------------------------------------------------------
 
@@ -3836,7 +3896,7 @@ class Runner:
             self._recover_dead()
             if self._wait and now >= self._prune_after:
                 self._prune_after = now + PRUNE_SECONDS
-                self._store.prune(self._keep)
+                self._store.prune(self._keep, wait=1)
         except Busy as error:
             self._note_busy(error)
 
@@ -3923,7 +3983,7 @@ def _read_argument(text: str, where: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _data_argument(text: str | None) -> dict[str, Any] | None:
+def _data_argument(text: str | None) -> Json | None:
     if text is None:
         return None
     return check_object(from_json(_read_argument(text, "--data"), "--data"), "--data")
@@ -3933,9 +3993,13 @@ def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManage
     return ProcessManager(args.db, create=create)
 
 
+def _say(text: str) -> None:
+    print(f"procman: {printable(text)}", file=sys.stderr)
+
+
 def cmd_start(args: argparse.Namespace) -> int:
     """Queue a process and print its pid."""
-    steps: dict[str, Any] = {}
+    steps: Json = {}
     if args.steps is not None:
         source = args.steps if args.steps == "-" else "@" + args.steps
         content = from_json(_read_argument(source, "--steps"), "--steps")
@@ -3950,7 +4014,9 @@ def cmd_start(args: argparse.Namespace) -> int:
     if args.command:
         steps["command"] = {"command": args.command}
     if not steps:
-        raise BadSpec("nothing to run: give --step NAME=SPEC, --steps FILE or -- COMMAND")
+        raise BadSpec(
+            "nothing to run: give --step NAME=SPEC, --steps FILE or -- COMMAND"
+        )
     options = {name: getattr(args, name) for name in OPTIONS}
     if options["args"] is not None:
         options["args"] = from_json(options["args"], "--args")
@@ -3962,17 +4028,14 @@ def cmd_start(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _say(text: str) -> None:
-    print(f"procman: {printable(text)}", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def _stopping(runner: Runner) -> Iterator[None]:
     """While this lasts the system's signals stop the runner."""
     import signal
 
     before = {
-        number: signal.signal(number, lambda *_: runner.stop()) for number in stop_signals()
+        number: signal.signal(number, lambda *_: runner.stop())
+        for number in stop_signals()
     }
     try:
         yield
@@ -4012,26 +4075,8 @@ def cmd_runner(args: argparse.Namespace) -> int:
     return DONE
 
 
-def cmd_execute(args: argparse.Namespace) -> int:
-    """Run one process in the foreground, or steps from standard input with no queue."""
-    if args.pid is None:
-        return _execute_input(args.debug)
-    manager = _manager(args)
-    pid = manager.get_process_info(args.pid).pid
-    status = manager.get_process_status(pid)
-    if status != QUEUED:
-        raise WrongState(pid, "execute", status, (QUEUED,))
-    runner = Runner(manager, pid=pid, max_workers=1)
-    with _stopping(runner):
-        runner.run()
-    sys.stderr.write(printable(manager.logs(pid)))
-    info = manager.get_process_info(pid)
-    if info.status in (FINISHED, INTERRUPTED):
-        print(json.dumps(info.output))
-    else:
-        error = info.error or {"type": info.status, "message": f"it is {info.status}"}
-        _say(f"process {pid}: {error['type']}: {error['message']}")
-    return _exit_code(info.status)
+def _exit_code(status: str) -> int:
+    return {FINISHED: DONE, INTERRUPTED: INTERRUPTED_EXIT}.get(status, FAILED)
 
 
 def _execute_input(debug: bool) -> int:
@@ -4064,8 +4109,26 @@ def _execute_input(debug: bool) -> int:
     return INTERRUPTED_EXIT if interrupted else DONE
 
 
-def _exit_code(status: str) -> int:
-    return {FINISHED: DONE, INTERRUPTED: INTERRUPTED_EXIT}.get(status, FAILED)
+def cmd_execute(args: argparse.Namespace) -> int:
+    """Run one process in the foreground, or steps from standard input with no queue."""
+    if args.pid is None:
+        return _execute_input(args.debug)
+    manager = _manager(args)
+    pid = manager.get_process_info(args.pid).pid
+    status = manager.get_process_status(pid)
+    if status != QUEUED:
+        raise WrongState(pid, "execute", status, (QUEUED,))
+    runner = Runner(manager, pid=pid, max_workers=1)
+    with _stopping(runner):
+        runner.run()
+    sys.stderr.write(printable(manager.logs(pid)))
+    info = manager.get_process_info(pid)
+    if info.status in (FINISHED, INTERRUPTED):
+        print(json.dumps(info.output))
+    else:
+        error = info.error or {"type": info.status, "message": f"it is {info.status}"}
+        _say(f"process {pid}: {error['type']}: {error['message']}")
+    return _exit_code(info.status)
 
 
 def cmd_status(args: argparse.Namespace) -> int:
@@ -4144,9 +4207,22 @@ def cmd_prune(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _runner_state(manager: ProcessManager, row: Row) -> Json:
+    path = os.path.join(manager.store.run_directory, row["token"] + ".lock")
+    life = LockFile(path)
+    dead = life.acquire()
+    life.release()
+    return {
+        "os_pid": row["os_pid"],
+        "alive": not dead,
+        "queues": row["queues"].split(","),
+        "started_at": timestamp(row["started_at"]),
+    }
+
+
 def cmd_doctor(args: argparse.Namespace) -> int:
     """Look the installation over; 0 if it is sound."""
-    found: dict[str, Any] = {
+    found: Json = {
         "procman": __version__,
         "python": sys.version.split()[0],
         "sqlite": sqlite3.sqlite_version,
@@ -4158,7 +4234,9 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         trouble = manager.store.trouble()
         manager.store.make_run_directory()
         found["processes"] = {state: manager.count(status=state) for state in STATES}
-        found["runners"] = [_runner_state(manager, row) for row in manager.store.runners()]
+        found["runners"] = [
+            _runner_state(manager, row) for row in manager.store.runners()
+        ]
         lock = LockFile(manager.path + ".lock")
         found["lock"] = "free" if lock.acquire() else "held by a waiting runner"
         lock.release()
@@ -4175,24 +4253,6 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return STORAGE if trouble else DONE
 
 
-def _runner_state(manager: ProcessManager, row: sqlite3.Row) -> dict[str, Any]:
-    path = os.path.join(manager.store.run_directory, row["token"] + ".lock")
-    life = LockFile(path)
-    dead = life.acquire()
-    life.release()
-    return {
-        "os_pid": row["os_pid"],
-        "alive": not dead,
-        "queues": row["queues"].split(","),
-        "started_at": timestamp(row["started_at"]),
-    }
-
-
-def cmd_worker(args: argparse.Namespace) -> int:
-    """For the runner only."""
-    return worker_main()
-
-
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, as everywhere."""
 
@@ -4205,24 +4265,14 @@ class _Parser(argparse.ArgumentParser):
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("process options")
     for name, option in OPTIONS.items():
-        kind = {int: _whole, float: float}.get(type(option.default), str)
-        if option.check is seconds or name in ("retry_interval", "timeout"):
-            kind = str
         default = "" if option.default in (None, {}) else f" (default {option.default})"
         group.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,
             metavar=option.shown,
-            type=kind,
+            type=option.reader,
             help=option.help + default,
         )
-
-
-def _whole(text: str) -> int:
-    return int(text)
-
-
-_whole.__name__ = "whole number"  # which argparse shows in its error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4240,10 +4290,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(db=None, debug=False)
     parser.add_argument("--version", action="version", version=f"procman {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, func: Callable[..., int], example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+    def add(
+        name: str, func: Callable[..., int], example: str
+    ) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
             name,
             parents=[common],
             help=func.__doc__,
@@ -4254,12 +4306,16 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(func=func)
         return command
 
-    command = add("start", cmd_start, "python procman.py start --retry 3 -- ./backup.sh")
+    command = add(
+        "start", cmd_start, "python procman.py start --retry 3 -- ./backup.sh"
+    )
     command.add_argument(
         "--step", action="append", default=[], metavar="NAME=SPEC",
         help="a step: module:name, file.py:name or a JSON object; may be repeated",
     )  # fmt: skip
-    command.add_argument("--steps", metavar="FILE", help="a JSON object of steps; -: stdin")
+    command.add_argument(
+        "--steps", metavar="FILE", help="a JSON object of steps; -: stdin"
+    )
     command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
     _add_start_options(command)
 
@@ -4271,11 +4327,17 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-workers", "at once (default: one a CPU)"),
         ("--jobs-per-worker", "replace a worker after N processes"),
     ):
-        command.add_argument(name, type=_whole, metavar="N", help=text)
-    command.add_argument("--queue", default=DEFAULT_QUEUE, metavar="A,B", help="to serve")
-    command.add_argument("--script-args", default="", metavar="TEXT", help="for sys.argv")
+        command.add_argument(name, type=whole, metavar="N", help=text)
+    command.add_argument(
+        "--queue", default=DEFAULT_QUEUE, metavar="A,B", help="to serve"
+    )
+    command.add_argument(
+        "--script-args", default="", metavar="TEXT", help="for sys.argv"
+    )
     command.add_argument("--services", metavar="MODULE:DICT", help="service factories")
-    command.add_argument("--grace", default=GRACE_SECONDS, help="from SIGTERM to SIGKILL")
+    command.add_argument(
+        "--grace", default=GRACE_SECONDS, help="from SIGTERM to SIGKILL"
+    )
     command.add_argument("--keep", default=KEEP_SECONDS, help="prune what ended before")
 
     command = add("execute", cmd_execute, "python procman.py execute < process.json")
@@ -4285,7 +4347,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("pid", metavar="PID")
     command.add_argument("--json", action="store_true", help="also on a terminal")
 
-    command = add("proceed", cmd_proceed, """procman.py proceed 3f2a91 --data '{"ok": 1}'""")
+    command = add(
+        "proceed", cmd_proceed, """procman.py proceed 3f2a91 --data '{"ok": 1}'"""
+    )
     command.add_argument("pid", metavar="PID")
     command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
 
@@ -4293,8 +4357,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--status", help="a state, open or final")
     command.add_argument("--name")
     command.add_argument("--queue")
-    command.add_argument("--limit", type=_whole, default=50, metavar="N")
-    command.add_argument("--offset", type=_whole, default=0, metavar="N")
+    command.add_argument("--limit", type=whole, default=50, metavar="N")
+    command.add_argument("--offset", type=whole, default=0, metavar="N")
     command.add_argument("--json", action="store_true", help="also on a terminal")
 
     command = add("cancel", cmd_cancel, "python procman.py cancel 3f2a91")
