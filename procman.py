@@ -939,7 +939,7 @@ if sys.platform == "win32":
             # LimitFlags, 16 bytes in, gets JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE.
             limits = (ctypes.c_ulong * 36)()
             limits[4] = 0x2000
-            self._job = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))
+            self._job: Any = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))
             kernel.SetInformationJobObject(
                 self._job, 9, ctypes.byref(limits), ctypes.sizeof(limits)
             )
@@ -1515,9 +1515,10 @@ class Store:
 
     def _check_header(self, db: Connection) -> int:
         """The schema's version, 0 for an empty file; refuse all that is not ours."""
-        if db.execute("PRAGMA schema_version").fetchone()[0] == 0:
+        owner = db.execute("PRAGMA application_id").fetchone()[0]
+        if owner == 0 and db.execute("PRAGMA schema_version").fetchone()[0] == 0:
             return 0
-        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        if owner != APPLICATION_ID:
             raise StorageError(f"the database {self.path} belongs to another program")
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -1832,10 +1833,10 @@ class Store:
     def next_due(self, queues: Iterable[str], pid: str | None = None) -> float | None:
         """When the next queued process is due, None if there is none.
 
-        With `pid` only that one counts.
+        With `pid` only that one counts, and it is due now.
         """
         if pid is not None:
-            sql = "SELECT due_at FROM process WHERE pid = ? AND status = 'queued'"
+            sql = "SELECT 0.0 FROM process WHERE pid = ? AND status = 'queued'"
             return next((row[0] for row in self.read(sql, (pid,))), None)
         firsts = [
             row[0]
@@ -1880,17 +1881,17 @@ class Store:
                    p.definition, p.started_at, p.due_at, data.data
               FROM process AS p
               JOIN data ON data.process = p.id AND data.step_index = p.step_index
-             WHERE p.status = 'queued' AND p.due_at <= ?"""
+             WHERE p.status = 'queued'"""
         rows: list[Row] = []
         if pid is not None:
-            rows = db.execute(f"{sql} AND p.pid = ?", (now, pid)).fetchall()
+            rows = db.execute(f"{sql} AND p.pid = ?", (pid,)).fetchall()
         for priority in self._priorities() if pid is None else ():
             due: list[Row] = []
             for queue in queues:
                 due += db.execute(
-                    f"""{sql} AND p.priority = ? AND p.queue = ?
+                    f"""{sql} AND p.priority = ? AND p.queue = ? AND p.due_at <= ?
                     ORDER BY p.due_at, p.id LIMIT ?""",
-                    (now, priority, queue, limit - len(rows)),
+                    (priority, queue, now, limit - len(rows)),
                 ).fetchall()
             due.sort(key=lambda row: (row["due_at"], row["id"]))
             rows += due[: limit - len(rows)]
@@ -3319,7 +3320,7 @@ class WorkerHandle:
             return None
         limits = []
         length = head.definition.step_timeout(head.step_index)
-        if length is not None:
+        if length is not None and self.ready:
             name = head.definition.step_name(head.step_index)
             limits.append(
                 (
@@ -4118,7 +4119,7 @@ def cmd_execute(args: argparse.Namespace) -> int:
     status = manager.get_process_status(pid)
     if status != QUEUED:
         raise WrongState(pid, "execute", status, (QUEUED,))
-    runner = Runner(manager, pid=pid, max_workers=1)
+    runner = Runner(manager, pid=pid, max_workers=1, max_jobs=1)
     with _stopping(runner):
         runner.run()
     sys.stderr.write(printable(manager.logs(pid)))
