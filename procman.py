@@ -152,10 +152,8 @@ class WrongState(ProcmanError):
     exit_code = WRONG_STATE
 
     def __init__(self, pid: str, verb: str, status: str, sources: Iterable[str]):
-        needs = " or ".join(sorted(sources))
-        super().__init__(
-            f"cannot {verb} process {pid}: it is {status}, {verb} needs {needs}"
-        )
+        needs = " or ".join(sources)
+        super().__init__(f"cannot {verb} process {pid}: it is {status}, needs {needs}")
         self.pid, self.verb, self.status = pid, verb, status
 
 
@@ -183,14 +181,30 @@ def shorten(text: str, limit: int) -> str:
     return f"{text[:half]}[... {len(text) - 2 * half} cut ...]{text[-half:]}"
 
 
+def quoted(value: Any) -> str:
+    """A value from outside as it can stand in a message."""
+    return (
+        repr(shorten(value, 60)) if isinstance(value, str) else shorten(repr(value), 60)
+    )
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: output cannot steer a terminal."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda match: match.group().encode("unicode_escape").decode(),
+        text,
+    )
+
+
 def _place(path: Any) -> str:
     """`data.rows[3].name`, from the linked pairs that `_check` hands down."""
     if isinstance(path, str):
         return path
     parent, key = path
-    if isinstance(key, int):
-        return f"{_place(parent)}[{key}]"
-    return f"{_place(parent)}.{shorten(key, 60)}"
+    return _place(parent) + (
+        f"[{key}]" if isinstance(key, int) else f".{shorten(key, 60)}"
+    )
 
 
 def _check(value: Any, path: Any, depth: int) -> None:
@@ -211,16 +225,15 @@ def _check(value: Any, path: Any, depth: int) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise BadType(f"{_place(path)} has the key {key!r}: keys are strings")
+                raise BadType(f"{_place(path)} has the key {quoted(key)}: not a text")
             _check(key, (path, key), depth)
             _check(item, (path, key), depth + 1)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check(item, (path, index), depth + 1)
     else:
-        raise BadType(
-            f"{_place(path)} is a {type(value).__name__}, which JSON cannot carry"
-        )
+        kind = type(value).__name__
+        raise BadType(f"{_place(path)} is a {kind}, which JSON cannot carry")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -244,7 +257,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
-        raise BadSpec(f"the key {shorten(twice, 60)!r} stands twice in one object")
+        raise BadSpec(f"the key {quoted(twice)} stands twice in one object")
     return found
 
 
@@ -264,27 +277,40 @@ def from_json(text: str | bytes, where: str = "data") -> Any:
     return value
 
 
-def check_object(value: Any, where: str = "data") -> Json:
-    """`value` if it is a dict, which is what passes between steps."""
-    if not isinstance(value, dict):
-        raise BadType(f"{where} must be a JSON object, not {type(value).__name__}")
+def expect(value: Any, where: str, kinds: Any, words: str) -> Any:
+    """`value` if it is of these types (a bool is no number), else BadType."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise BadType(f"{where} must be {words}, not {type(value).__name__}")
     return value
 
 
-def printable(text: str) -> str:
-    """`text` with control characters escaped: output cannot steer a terminal."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda match: match.group().encode("unicode_escape").decode(),
-        text,
-    )
+def expect_object(value: Any, where: str = "data") -> Json:
+    """`value` if it is a dict, which is what passes between steps."""
+    found: Json = expect(value, where, dict, "a JSON object")
+    return found
+
+
+def expect_number(value: Any, where: str, low: float, high: float) -> Any:
+    """`value` if it lies between the two; a whole number if `low` is one."""
+    if isinstance(low, int):
+        expect(value, where, int, "a whole number")
+    if not low <= expect(value, where, (int, float), "a number") <= high:
+        raise BadSpec(f"{where} must be {low:g} to {high:g}, not {quoted(value)}")
+    return value
+
+
+def expect_text(value: Any, where: str, limit: int = MAX_NAME) -> str:
+    """`value` if it is a text that can stand on one line of a terminal."""
+    text: str = expect(value, where, str, "a text")
+    if not text or len(text) > limit or not text.isprintable():
+        words = f"1 to {limit} printable characters"
+        raise BadSpec(f"{where} must be {words}, not {quoted(text)}")
+    return text
 
 
 def timestamp(at: float | None) -> str | None:
     """Epoch seconds as 14 digits of UTC, `20220209125814`."""
-    if at is None:
-        return None
-    return time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
+    return None if at is None else time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
 
 
 def log() -> logging.Logger:
@@ -328,78 +354,37 @@ TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {  # event: (from, to)
 
 DEFAULT_QUEUE = "default"
 _QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_LENGTH = re.compile(r"\s*(\d+(?:\.\d+)?)([smhdw]?)\s*", re.ASCII)
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _MAX_LENGTH = 1e10  # seconds, 317 years: a longer one is a mistake
+_SHORTEST = 0.001  # seconds that a timeout may be
 
 
-def seconds(value: Any, where: str, *, least: float = 0) -> float:
+def seconds(value: Any, where: str, least: float = 0.0) -> float:
     """A length in seconds, from a number or a text like `90s 5m 2h 1d`."""
+    words = "seconds or a text like 90s, 5m, 2h, 1d"
     if isinstance(value, str):
-        match = _LENGTH.fullmatch(value.strip())
-        try:
-            length = float(match[1]) * _SECONDS[match[2]] if match else float(value)
-        except ValueError:
-            raise BadSpec(
-                f"{where} must be seconds or a text like 90s, 5m, 2h, 1d,"
-                f" not {shorten(value, 40)!r}"
-            ) from None
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        length = value
-    else:
-        raise BadType(
-            f"{where} must be seconds or a text like 5m, not {type(value).__name__}"
-        )
-    if not least <= length <= _MAX_LENGTH:
-        raise BadSpec(f"{where} must be {least:g} to {_MAX_LENGTH:g} s, not {length:g}")
-    return float(length)
-
-
-def _number(value: Any, where: str, low: float, high: float, integer: bool) -> Any:
-    kinds = int if integer else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        kind = "a whole number" if integer else "a number"
-        raise BadType(f"{where} must be {kind}, not {type(value).__name__}")
-    if not low <= value <= high:
-        raise BadSpec(
-            f"{where} must be {low:g} to {high:g}, not {shorten(str(value), 40)}"
-        )
-    return value
-
-
-def whole(text: str) -> int:
-    """The number of a command-line argument."""
-    return int(text)
-
-
-whole.__name__ = "whole number"  # which argparse shows in its error
-
-
-def check_text(value: Any, where: str, limit: int = MAX_NAME) -> str:
-    """`value` if it is a text that can stand on one line of a terminal."""
-    if not isinstance(value, str):
-        raise BadType(f"{where} must be a text, not {type(value).__name__}")
-    if not value or len(value) > limit or not value.isprintable():
-        raise BadSpec(
-            f"{where} must be 1 to {limit} printable characters,"
-            f" not {shorten(value, 40)!r}"
-        )
-    return value
+        match = _LENGTH.fullmatch(value)
+        if match is None:
+            raise BadSpec(f"{where} must be {words}, not {quoted(value)}")
+        value = float(match[1]) * _UNITS[match[2]]
+    expect(value, where, (int, float), words)
+    return float(expect_number(value, where, least, _MAX_LENGTH))
 
 
 def check_queue(value: Any, where: str = "queue") -> str:
     """A queue's name: it becomes part of a file name, so it is kept plain."""
-    if not _QUEUE.fullmatch(check_text(value, where)):
-        raise BadSpec(f"{where} may hold letters, digits and _ . - only, not {value!r}")
+    if not _QUEUE.fullmatch(expect_text(value, where)):
+        raise BadSpec(f"{where} may hold letters, digits and _.- only, not {value!r}")
     return str(value)
 
 
-def _arguments(value: Any, where: str) -> Json:
-    for key, item in check_object(value, where).items():
-        check_text(key, f"a key of {where}")
+def _check_arguments(value: Any, where: str) -> Json:
+    for key, item in expect_object(value, where).items():
+        expect_text(key, f"a key of {where}")
         if isinstance(item, (dict, list, tuple)):
             raise BadType(
-                f"{where}.{key} must be a text or a number: it is an argument"
+                f"{where}.{key} must be a text or a number, as an argument is"
             )
     return dict(value)
 
@@ -407,69 +392,56 @@ def _arguments(value: Any, where: str) -> Json:
 def _choice(*words: str) -> Callable[[Any, str], str]:
     def check(value: Any, where: str) -> str:
         if value not in words:
-            raise BadSpec(f"{where} must be one of {', '.join(words)}, not {value!r}")
+            names = ", ".join(words)
+            raise BadSpec(f"{where} must be one of {names}, not {quoted(value)}")
         return str(value)
 
     return check
 
 
-class Option(namedtuple("Option", "default check shown help reader", defaults=(str,))):
-    """One process option: its default, the check that normalises it, its words.
+def _between(low: float, high: float) -> Callable[[Any, str], Any]:
+    return lambda value, where: expect_number(value, where, low, high)
 
-    `shown` and `reader` are for the command line.  A default of None: not set.
+
+def _check_timeout(value: Any, where: str) -> float:
+    return seconds(value, where, _SHORTEST)
+
+
+def _no_check(value: Any, where: str) -> Any:
+    return value
+
+
+class Option(namedtuple("Option", "default check shown help")):
+    """One process option: its default (None: not set), the check that normalises it,
+    and for the command line its metavar and help.
     """
 
     __slots__ = ()
 
 
 OPTIONS: dict[str, Option] = {
-    "name": Option(None, check_text, "TEXT", "a name for people and filters"),
+    "name": Option(None, expect_text, "TEXT", "a name for people and filters"),
     "queue": Option(DEFAULT_QUEUE, check_queue, "NAME", "the queue it waits in"),
-    "priority": Option(
-        0,
-        lambda value, where: _number(value, where, -(2**31), 2**31, integer=True),
-        "N",
-        "higher goes first",
-        whole,
-    ),
-    "at": Option(
-        None,
-        lambda value, where: value,  # read by `due_at`, which knows calendars
-        "TIME",
-        "not before: epoch seconds, ISO 8601 with zone, or 14 digits UTC",
+    "priority": Option(0, _between(-(2**31), 2**31), "N", "higher goes first"),
+    "at": Option(  # read by `due_at`, which knows calendars
+        None, _no_check, "TIME", "not before: epoch seconds, ISO 8601, 14 digits UTC"
     ),
     "delay": Option(None, seconds, "LENGTH", "not before so long from now"),
-    "timeout": Option(
-        None,
-        lambda value, where: seconds(value, where, least=0.001),
-        "LENGTH",
-        "end an attempt that runs longer",
-    ),
-    "retry": Option(
-        0,
-        lambda value, where: _number(value, where, -1, 2**31, integer=True),
-        "N",
-        "try again N times after a failure; -1: for ever",
-        whole,
-    ),
+    "timeout": Option(None, _check_timeout, "LENGTH", "end a longer attempt"),
+    "retry": Option(0, _between(-1, 2**31), "N", "retries; -1: for ever"),
     "retry_interval": Option(300.0, seconds, "LENGTH", "before the first retry"),
     "backoff": Option(
-        1.0,
-        lambda value, where: float(_number(value, where, 1, 1000, integer=False)),
-        "FACTOR",
-        "each retry interval is so many times the last",
-        float,
+        1.0, _between(1.0, 1000.0), "FACTOR", "each retry interval to the last"
     ),
     "on_lost": Option(
         "retry",
         _choice("retry", "ask", "error"),
         "retry|ask|error",
-        "what to do when the runner died in a step",
+        "when the runner died in a step",
     ),
-    "args": Option(
-        {}, _arguments, "JSON", "an object; its items reach sys.argv as --key value"
-    ),
+    "args": Option({}, _check_arguments, "JSON", "an object; --key value in sys.argv"),
 }
+_DEFINING = ("timeout", "retry", "retry_interval", "backoff", "on_lost", "args")
 
 
 def check_options(options: Mapping[str, Any]) -> Json:
@@ -478,7 +450,7 @@ def check_options(options: Mapping[str, Any]) -> Json:
     for name, value in options.items():
         if name not in OPTIONS:
             known = ", ".join(sorted(OPTIONS))
-            raise BadType(f"unknown option {shorten(str(name), 60)!r}; known: {known}")
+            raise BadType(f"unknown option {quoted(name)}; known: {known}")
         if value is not None:
             checked[name] = OPTIONS[name].check(value, name)
     if "at" in checked and "delay" in checked:
@@ -486,69 +458,65 @@ def check_options(options: Mapping[str, Any]) -> Json:
     return checked
 
 
-_COMMON_KEYS = {"timeout", "interrupt", "env", "cwd"}
-_BUILT_KEYS = {"args", "kwargs", "services"}
-FORMS: dict[str, set[str]] = {  # the key that names a form: what else it may have
-    "class": _BUILT_KEYS,
-    "factory": _BUILT_KEYS,
-    "call": set(),
-    "command": {"output"},
-    "shell": {"output"},
-}
 _REFERENCE = re.compile(r"(?s)(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.+\.py):[^\W\d][\w.]*")
 
 
-def _check_reference(value: Any, where: str) -> None:
-    check_text(value, where, 4096)
-    if not _REFERENCE.fullmatch(value):
-        raise BadSpec(
-            f"{where} must be package.module:name or path/to/file.py:name,"
-            f" not {shorten(value, 80)!r}"
-        )
+def check_reference(value: Any, where: str) -> None:
+    """Refuse what cannot name code."""
+    if not _REFERENCE.fullmatch(expect_text(value, where, 4096)):
+        forms = "package.module:name or path/to/file.py:name"
+        raise BadSpec(f"{where} must be {forms}, not {quoted(value)}")
+
+
+def _check_string(value: Any, where: str) -> None:
+    if "\0" in expect(value, where, str, "a text"):
+        raise BadSpec(f"{where} has a NUL character")
 
 
 def _check_strings(value: Any, where: str) -> None:
-    if not isinstance(value, (list, tuple)):
-        raise BadType(f"{where} must be a list of texts, not {type(value).__name__}")
-    for index, item in enumerate(value):
-        if not isinstance(item, str):
-            raise BadType(f"{where}[{index}] must be a text, not {type(item).__name__}")
-        if "\0" in item:
-            raise BadSpec(f"{where}[{index}] has a NUL character")
+    for index, item in enumerate(
+        expect(value, where, (list, tuple), "a list of texts")
+    ):
+        _check_string(item, f"{where}[{index}]")
+
+
+def _check_command(value: Any, where: str) -> None:
+    _check_strings(value, where)
+    if not value or not value[0]:
+        raise BadSpec(f"{where} is empty: name a program")
 
 
 def _check_environment(value: Any, where: str) -> None:
-    for name, item in check_object(value, where).items():
+    for name, item in expect_object(value, where).items():
         if not name or "=" in name or "\0" in name:
-            raise BadSpec(f"{where} has {shorten(name, 40)!r}: not a variable's name")
-        if item is not None and not isinstance(item, str):
-            raise BadType(f"{where}.{name} must be a text, or null to unset it")
-        if item and "\0" in item:
-            raise BadSpec(f"{where}.{name} has a NUL character")
+            raise BadSpec(f"{where} has {quoted(name)}: not a variable's name")
+        if item is not None:
+            _check_string(item, f"{where}.{name}")
 
 
-def _check_key(key: str, value: Any, where: str) -> None:
-    """One key of a step spec; which keys there may be is settled already."""
-    if key in ("class", "factory", "call"):
-        _check_reference(value, where)
-    elif key == "command":
-        _check_strings(value, where)
-        if not value or not value[0]:
-            raise BadSpec(f"{where} is empty: name a program")
-    elif key in ("services", "shell", "cwd"):
-        _check_strings(value if key == "services" else [value], where)
-    elif key == "args" and not isinstance(value, (list, tuple)):
-        raise BadType(f"{where} must be a list, not {type(value).__name__}")
-    elif key == "kwargs":
-        check_object(value, where)
-    elif key == "env":
-        _check_environment(value, where)
-    elif key == "interrupt" and not isinstance(value, bool):
-        raise BadType(f"{where} must be true or false")
-    elif key == "output":
-        _choice("text", "json")(value, where)
-    elif key == "timeout":
-        seconds(value, where, least=0.001)
+_KEYS: dict[str, Callable[[Any, str], Any]] = {  # of step specs: their checks
+    "class": check_reference,
+    "factory": check_reference,
+    "call": check_reference,
+    "command": _check_command,
+    "shell": _check_string,
+    "args": lambda value, where: expect(value, where, (list, tuple), "a list"),
+    "kwargs": expect_object,
+    "services": _check_strings,
+    "output": _choice("text", "json"),
+    "timeout": _check_timeout,
+    "interrupt": lambda value, where: expect(value, where, bool, "true or false"),
+    "env": _check_environment,
+    "cwd": _check_string,
+}
+_COMMON = ("timeout", "interrupt", "env", "cwd")
+_FORMS = {  # the key that names a form: what else it may have
+    "class": ("args", "kwargs", "services", *_COMMON),
+    "factory": ("args", "kwargs", "services", *_COMMON),
+    "call": _COMMON,
+    "command": ("output", *_COMMON),
+    "shell": ("output", *_COMMON),
+}
 
 
 def check_step(spec: Any, where: str) -> None:
@@ -557,24 +525,21 @@ def check_step(spec: Any, where: str) -> None:
     Whether the code that it names exists is found when the step is reached.
     """
     if isinstance(spec, str):
-        _check_reference(spec, where)
+        check_reference(spec, where)
         return
-    if not isinstance(spec, dict):
-        hint = ": name it as 'module:Name'" if callable(spec) else ""
-        raise BadType(
-            f"{where} must be a text or an object, not {type(spec).__name__}{hint}"
-        )
-    forms = [key for key in spec if key in FORMS]
+    if callable(spec):
+        raise BadType(f"{where} must name its code, as in 'module:Name'")
+    expect(spec, where, dict, "a text or a JSON object")
+    forms = [key for key in spec if key in _FORMS]
     if len(forms) != 1:
-        raise BadSpec(f"{where} needs exactly one of {', '.join(FORMS)}")
+        raise BadSpec(f"{where} needs exactly one of {', '.join(_FORMS)}")
     for key, value in spec.items():
-        if key != forms[0] and key not in _COMMON_KEYS | FORMS[forms[0]]:
-            known = ", ".join(sorted(_COMMON_KEYS | FORMS[forms[0]]))
+        if key not in (forms[0], *_FORMS[forms[0]]):
+            known = ", ".join(_FORMS[forms[0]])
             raise BadSpec(
-                f"{where} has the unknown key {shorten(str(key), 60)!r};"
-                f" beside {forms[0]}: {known}"
+                f"{where} has the unknown key {quoted(key)}; beside {forms[0]}: {known}"
             )
-        _check_key(key, value, f"{where}.{key}")
+        _KEYS[key](value, f"{where}.{key}")
 
 
 class ManagedProcess:
@@ -585,11 +550,11 @@ class ManagedProcess:
     """
 
     def __init__(self, steps: Mapping[str, Any], **options: Any):
-        check_object(steps, "steps")
+        expect_object(steps, "steps")
         if len(steps) > MAX_STEPS:
             raise BadSpec(f"steps has {len(steps)} steps, more than {MAX_STEPS}")
         for name, spec in steps.items():
-            check_text(name, "the name of a step")
+            expect_text(name, "the name of a step")
             check_step(spec, f"steps.{name}")
         self.steps = dict(steps)
         self.text = to_json(self.steps, "steps")
@@ -618,14 +583,7 @@ class Definition:
         """The text that is stored; equal processes share one."""
         kept = {
             name: options[name]
-            for name in (
-                "timeout",
-                "retry",
-                "retry_interval",
-                "backoff",
-                "on_lost",
-                "args",
-            )
+            for name in _DEFINING
             if options[name] != OPTIONS[name].default
         }
         return (
@@ -2263,9 +2221,9 @@ class Context(namedtuple("Context", "pid step index attempt report stopped")):
         """Say how far the step is; `status` shows the last word."""
         for value, name in ((done, "done"), (total, "total")):
             if value is not None:
-                _number(value, name, 0, 2**63, integer=False)
+                expect_number(value, name, 0.0, 2**63)
         if message is not None:
-            check_text(message, "message", 1000)
+            expect_text(message, "message", 1000)
         if total is not None and done > total:
             raise BadSpec(f"done is {done}, more than the total of {total}")
         self.report({"done": done, "total": total, "message": message})
@@ -2505,7 +2463,7 @@ class _CommandStep:
             return {"stdout": out.kept().decode("utf-8", "replace"), "exit_code": 0}
         if out.cut:
             raise StepError("BadOutput", f"printed more than {MAX_JSON_BYTES} bytes")
-        return check_object(from_json(out.kept(), "its output"), "its output")
+        return expect_object(from_json(out.kept(), "its output"), "its output")
 
 
 def build_step(spec: Any, services: Services, directory: str) -> Any:
@@ -2669,7 +2627,7 @@ class StepExecutor:
     ) -> tuple[Json, bool]:
         """The same, and whether it was an interrupting step that ended it."""
         ManagedProcess(steps)
-        passed: Json = json.loads(to_json(check_object(dict(data or {}))))
+        passed: Json = json.loads(to_json(expect_object(dict(data or {}))))
         pid, home = os.urandom(PID_LENGTH // 2).hex(), os.getcwd()
         for place in (os.path.dirname(os.path.abspath(__file__)), home):
             if place not in sys.path:
@@ -2683,7 +2641,7 @@ class StepExecutor:
                 os.chdir(home)
             if result is not None:
                 where = f"the output of step {name!r}"
-                passed = json.loads(to_json(check_object(result, where), where))
+                passed = json.loads(to_json(expect_object(result, where), where))
             if interrupts:
                 return passed, True
         return passed, False
@@ -2902,7 +2860,7 @@ class _Worker:
         finally:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         where = f"the output of step {order['step']!r}"
-        data = None if result is None else to_json(check_object(result, where), where)
+        data = None if result is None else to_json(expect_object(result, where), where)
         return "interrupt" if interrupts else "done", data
 
     def _find_services(self) -> Services:
@@ -3035,7 +2993,7 @@ class ProcessManager:
         return Submission(
             os.urandom(PID_LENGTH // 2).hex(),
             Definition.text(process, options, directory),
-            to_json(check_object({} if data is None else data)),
+            to_json(expect_object({} if data is None else data)),
             options,
             due_at(options, self.store.now()),
         )
@@ -3068,7 +3026,7 @@ class ProcessManager:
     ) -> list[ProcessInfo]:
         """Records, newest first.  `status`: a state, `open` or `final`."""
         for value, what in ((limit, "limit"), (offset, "offset")):
-            _number(value, what, 0, 2**31, integer=True)
+            expect_number(value, what, 0, 2**31)
         return self.store.select(
             status=status, name=name, queue=queue, limit=limit, offset=offset
         )
@@ -3088,7 +3046,7 @@ class ProcessManager:
 
         Of two simultaneous calls one wins, the other gets WrongState.
         """
-        merged = check_object({} if data is None else data)
+        merged = expect_object({} if data is None else data)
         to_json(merged)
         with self.store.transaction() as db:
             pid = self.store.proceed(db, pid, merged)
@@ -3391,9 +3349,9 @@ class Runner:
         }
         for name, value in limits.items():
             if value is not None:
-                _number(value, name, 1, 2**31, integer=True)
+                expect_number(value, name, 1, 2**31)
         if services is not None:
-            _check_reference(services, "services")
+            check_reference(services, "services")
         self.already_running = False
         self._store = manager.store
         self._wait = wait
@@ -3987,7 +3945,7 @@ def _read_argument(text: str, where: str) -> bytes:
 def _data_argument(text: str | None) -> Json | None:
     if text is None:
         return None
-    return check_object(from_json(_read_argument(text, "--data"), "--data"), "--data")
+    return expect_object(from_json(_read_argument(text, "--data"), "--data"), "--data")
 
 
 def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManager:
@@ -4004,7 +3962,7 @@ def cmd_start(args: argparse.Namespace) -> int:
     if args.steps is not None:
         source = args.steps if args.steps == "-" else "@" + args.steps
         content = from_json(_read_argument(source, "--steps"), "--steps")
-        steps.update(check_object(content, "--steps"))
+        steps.update(expect_object(content, "--steps"))
     for given in args.step:
         name, equals, spec = given.partition("=")
         if not equals:
@@ -4083,7 +4041,7 @@ def _exit_code(status: str) -> int:
 def _execute_input(debug: bool) -> int:
     """{"steps": ..., "data": ...} on standard input; the output on standard output."""
     given = from_json(sys.stdin.buffer.read(MAX_JSON_BYTES + 1), "standard input")
-    given = check_object(given, "standard input")
+    given = expect_object(given, "standard input")
     unknown = ", ".join(sorted(given.keys() - {"steps", "data"}))
     if unknown or "steps" not in given:
         raise BadSpec(
@@ -4271,7 +4229,7 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
             "--" + name.replace("_", "-"),
             dest=name,
             metavar=option.shown,
-            type=option.reader,
+            type={"N": int, "FACTOR": float}.get(option.shown, str),
             help=option.help + default,
         )
 
@@ -4328,7 +4286,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-workers", "at once (default: one a CPU)"),
         ("--jobs-per-worker", "replace a worker after N processes"),
     ):
-        command.add_argument(name, type=whole, metavar="N", help=text)
+        command.add_argument(name, type=int, metavar="N", help=text)
     command.add_argument(
         "--queue", default=DEFAULT_QUEUE, metavar="A,B", help="to serve"
     )
@@ -4358,8 +4316,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--status", help="a state, open or final")
     command.add_argument("--name")
     command.add_argument("--queue")
-    command.add_argument("--limit", type=whole, default=50, metavar="N")
-    command.add_argument("--offset", type=whole, default=0, metavar="N")
+    command.add_argument("--limit", type=int, default=50, metavar="N")
+    command.add_argument("--offset", type=int, default=0, metavar="N")
     command.add_argument("--json", action="store_true", help="also on a terminal")
 
     command = add("cancel", cmd_cancel, "python procman.py cancel 3f2a91")
