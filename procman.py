@@ -48,7 +48,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import re
 import sqlite3
 import stat
@@ -313,6 +312,11 @@ def timestamp(at: float | None) -> str | None:
     return None if at is None else time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
 
 
+def jitter() -> float:
+    """From 0 to 1, another at each moment; the module `random` costs 3 ms to import."""
+    return time.perf_counter_ns() % 997 / 997
+
+
 def log() -> logging.Logger:
     """The logger of this library; what it shows is the application's choice."""
     import logging
@@ -353,8 +357,8 @@ TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {  # event: (from, to)
 }
 
 DEFAULT_QUEUE = "default"
-_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_LENGTH = re.compile(r"\s*(\d+(?:\.\d+)?)([smhdw]?)\s*", re.ASCII)
+_QUEUE = r"[A-Za-z0-9_.-]{1,64}"
+_LENGTH = r"\s*([0-9]+(?:\.[0-9]+)?)([smhdw]?)\s*"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _MAX_LENGTH = 1e10  # seconds, 317 years: a longer one is a mistake
 _SHORTEST = 0.001  # seconds that a timeout may be
@@ -364,7 +368,7 @@ def seconds(value: Any, where: str, least: float = 0.0) -> float:
     """A length in seconds, from a number or a text like `90s 5m 2h 1d`."""
     words = "seconds or a text like 90s, 5m, 2h, 1d"
     if isinstance(value, str):
-        match = _LENGTH.fullmatch(value)
+        match = re.fullmatch(_LENGTH, value)
         if match is None:
             raise BadSpec(f"{where} must be {words}, not {quoted(value)}")
         value = float(match[1]) * _UNITS[match[2]]
@@ -374,7 +378,7 @@ def seconds(value: Any, where: str, least: float = 0.0) -> float:
 
 def check_queue(value: Any, where: str = "queue") -> str:
     """A queue's name: it becomes part of a file name, so it is kept plain."""
-    if not _QUEUE.fullmatch(expect_text(value, where)):
+    if not re.fullmatch(_QUEUE, expect_text(value, where)):
         raise BadSpec(f"{where} may hold letters, digits and _.- only, not {value!r}")
     return str(value)
 
@@ -458,12 +462,12 @@ def check_options(options: Mapping[str, Any]) -> Json:
     return checked
 
 
-_REFERENCE = re.compile(r"(?s)(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.+\.py):[^\W\d][\w.]*")
+_REFERENCE = r"(?s)(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.+\.py):[^\W\d][\w.]*"
 
 
 def check_reference(value: Any, where: str) -> None:
     """Refuse what cannot name code."""
-    if not _REFERENCE.fullmatch(expect_text(value, where, 4096)):
+    if not re.fullmatch(_REFERENCE, expect_text(value, where, 4096)):
         forms = "package.module:name or path/to/file.py:name"
         raise BadSpec(f"{where} must be {forms}, not {quoted(value)}")
 
@@ -769,7 +773,6 @@ def check_pid(pid: Any) -> str:
 # When something is due, and what an outcome causes.  No clock, no chance, no I/O.
 
 _MAX_RETRY_DELAY = 86400.0
-_FOURTEEN = re.compile(r"\d{14}")
 
 
 def parse_at(value: Any) -> float:
@@ -781,7 +784,7 @@ def parse_at(value: Any) -> float:
     elif isinstance(value, str):
         text = value.strip()
         try:
-            if _FOURTEEN.fullmatch(text):
+            if re.fullmatch("[0-9]{14}", text):
                 when = datetime.datetime.strptime(text + "+0000", "%Y%m%d%H%M%S%z")
             elif re.fullmatch(r"\d+(\.\d+)?", text):
                 when = datetime.datetime.fromtimestamp(
@@ -1565,7 +1568,7 @@ class Store:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() >= deadline:
                     raise
-            time.sleep(random.uniform(0.0005, 0.0025))
+            time.sleep(0.0005 + 0.002 * jitter())
 
     @contextlib.contextmanager
     def transaction(
@@ -3452,7 +3455,7 @@ class Runner:
             self._keep_up()
             if not self._commit():
                 busy = time.monotonic() - (self._busy_since or 0.0)
-                await asyncio.sleep(min(0.1, 0.001 + busy / 10) * random.uniform(1, 2))
+                await asyncio.sleep(min(0.1, 0.001 + busy / 10) * (1 + jitter()))
                 continue
             self._hand_over()
             if self._nothing_left():
@@ -4221,21 +4224,117 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USAGE)
 
 
-def _add_start_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("process options")
-    for name, option in OPTIONS.items():
-        default = "" if option.default in (None, {}) else f" (default {option.default})"
-        group.add_argument(
-            "--" + name.replace("_", "-"),
-            dest=name,
-            metavar=option.shown,
-            type={"N": int, "FACTOR": float}.get(option.shown, str),
-            help=option.help + default,
-        )
+_PID = ("pid", {"metavar": "PID"})
+_PIDS = ("pids", {"metavar": "PID", "nargs": "+"})
+_JSON = ("--json", {"action": "store_true", "help": "also on a terminal"})
+_DATA = ("--data", {"metavar": "JSON", "help": "an object; @FILE; -: standard input"})
+_STEP = {"action": "append", "default": [], "metavar": "NAME=SPEC"}
+_NUMBER: Json = {"metavar": "N", "type": int}
+_OPTION_ARGUMENTS = [
+    (
+        "--" + name.replace("_", "-"),
+        {
+            "metavar": option.shown,
+            "type": {"N": int, "FACTOR": float}.get(option.shown, str),
+            "help": option.help
+            + (
+                f" (default {option.default})"
+                if option.default not in (None, {})
+                else ""
+            ),
+        },
+    )
+    for name, option in OPTIONS.items()
+]
+
+# name: (function, its arguments as argparse takes them, an example)
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] = {
+    "start": (
+        cmd_start,
+        [
+            ("--step", {**_STEP, "help": "module:name, file.py:name or a JSON object"}),
+            (
+                "--steps",
+                {"metavar": "FILE", "help": "a JSON object; -: standard input"},
+            ),
+            _DATA,
+            *_OPTION_ARGUMENTS,
+        ],
+        "python procman.py start --retry 3 -- ./backup.sh",
+    ),
+    "runner": (
+        cmd_runner,
+        [
+            ("--wait", {"action": "store_true", "help": "stay when nothing is due"}),
+            ("--max-jobs", {**_NUMBER, "help": "end after N processes"}),
+            ("--max-processes", {**_NUMBER, "help": "the same, without --wait"}),
+            ("--max-workers", {**_NUMBER, "help": "at once (default: one a CPU)"}),
+            ("--jobs-per-worker", {**_NUMBER, "help": "then replace the worker"}),
+            ("--queue", {"metavar": "A,B", "default": DEFAULT_QUEUE}),
+            (
+                "--script-args",
+                {"metavar": "TEXT", "default": "", "help": "for sys.argv"},
+            ),
+            ("--services", {"metavar": "MODULE:DICT", "help": "service factories"}),
+            ("--grace", {"metavar": "LENGTH", "default": GRACE_SECONDS}),
+            ("--keep", {"metavar": "LENGTH", "default": KEEP_SECONDS}),
+        ],
+        "* * * * * python3 procman.py runner --wait",
+    ),
+    "execute": (
+        cmd_execute,
+        [("pid", {"metavar": "PID", "nargs": "?"})],
+        "python procman.py execute < process.json",
+    ),
+    "status": (cmd_status, [_PID, _JSON], "python procman.py status 3f2a91"),
+    "proceed": (
+        cmd_proceed,
+        [_PID, _DATA],
+        """python procman.py proceed 3f2a91 --data '{"approved": true}'""",
+    ),
+    "list": (
+        cmd_list,
+        [
+            ("--status", {"metavar": "STATE", "help": "a state, open or final"}),
+            ("--name", {"metavar": "TEXT"}),
+            ("--queue", {"metavar": "NAME"}),
+            ("--limit", {**_NUMBER, "default": 50}),
+            ("--offset", {**_NUMBER, "default": 0}),
+            _JSON,
+        ],
+        "python procman.py list --status open",
+    ),
+    "cancel": (cmd_cancel, [_PIDS], "python procman.py cancel 3f2a91"),
+    "wait": (
+        cmd_wait,
+        [
+            _PIDS,
+            ("--timeout", {"metavar": "LENGTH", "help": "then exit 124"}),
+            ("--any", {"action": "store_true", "help": "the first is enough"}),
+            _JSON,
+        ],
+        "python procman.py wait 3f2a91 --timeout 5m",
+    ),
+    "logs": (
+        cmd_logs,
+        [
+            _PID,
+            ("-f --follow", {"action": "store_true", "help": "until it ends"}),
+            ("--raw", {"action": "store_true", "help": "the bytes, not escaped"}),
+        ],
+        "python procman.py logs -f 3f2a91",
+    ),
+    "prune": (
+        cmd_prune,
+        [("--older-than", {"metavar": "LENGTH", "default": KEEP_SECONDS})],
+        "python procman.py prune --older-than 7d",
+    ),
+    "doctor": (cmd_doctor, [_JSON], "python procman.py doctor"),
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; a paragraph a command."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line, or what one command needs, which takes less time."""
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db", metavar="FILE", help="the database")
     common.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -4250,11 +4349,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(db=None, debug=False)
     parser.add_argument("--version", action="version", version=f"procman {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(
-        name: str, func: Callable[..., int], example: str
-    ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
+    for name in [only] if only in COMMANDS else COMMANDS:
+        func, arguments, example = COMMANDS[name]
+        command = commands.add_parser(
             name,
             parents=[common],
             help=func.__doc__,
@@ -4263,82 +4360,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(func=func)
-        return command
-
-    command = add(
-        "start", cmd_start, "python procman.py start --retry 3 -- ./backup.sh"
-    )
-    command.add_argument(
-        "--step", action="append", default=[], metavar="NAME=SPEC",
-        help="a step: module:name, file.py:name or a JSON object; may be repeated",
-    )  # fmt: skip
-    command.add_argument(
-        "--steps", metavar="FILE", help="a JSON object of steps; -: stdin"
-    )
-    command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
-    _add_start_options(command)
-
-    command = add("runner", cmd_runner, "* * * * * python3 procman.py runner --wait")
-    command.add_argument("--wait", action="store_true", help="stay when nothing is due")
-    for name, text in (
-        ("--max-jobs", "end after N processes"),
-        ("--max-processes", "the same, without --wait"),
-        ("--max-workers", "at once (default: one a CPU)"),
-        ("--jobs-per-worker", "replace a worker after N processes"),
-    ):
-        command.add_argument(name, type=int, metavar="N", help=text)
-    command.add_argument(
-        "--queue", default=DEFAULT_QUEUE, metavar="A,B", help="to serve"
-    )
-    command.add_argument(
-        "--script-args", default="", metavar="TEXT", help="for sys.argv"
-    )
-    command.add_argument("--services", metavar="MODULE:DICT", help="service factories")
-    command.add_argument(
-        "--grace", default=GRACE_SECONDS, help="from SIGTERM to SIGKILL"
-    )
-    command.add_argument("--keep", default=KEEP_SECONDS, help="prune what ended before")
-
-    command = add("execute", cmd_execute, "python procman.py execute < process.json")
-    command.add_argument("pid", nargs="?", metavar="PID")
-
-    command = add("status", cmd_status, "python procman.py status 3f2a91")
-    command.add_argument("pid", metavar="PID")
-    command.add_argument("--json", action="store_true", help="also on a terminal")
-
-    command = add(
-        "proceed", cmd_proceed, """procman.py proceed 3f2a91 --data '{"ok": 1}'"""
-    )
-    command.add_argument("pid", metavar="PID")
-    command.add_argument("--data", metavar="JSON", help="an object; @FILE; -: stdin")
-
-    command = add("list", cmd_list, "python procman.py list --status open")
-    command.add_argument("--status", help="a state, open or final")
-    command.add_argument("--name")
-    command.add_argument("--queue")
-    command.add_argument("--limit", type=int, default=50, metavar="N")
-    command.add_argument("--offset", type=int, default=0, metavar="N")
-    command.add_argument("--json", action="store_true", help="also on a terminal")
-
-    command = add("cancel", cmd_cancel, "python procman.py cancel 3f2a91")
-    command.add_argument("pids", nargs="+", metavar="PID")
-
-    command = add("wait", cmd_wait, "python procman.py wait 3f2a91 --timeout 5m")
-    command.add_argument("pids", nargs="+", metavar="PID")
-    command.add_argument("--timeout", metavar="LENGTH", help="then exit 124")
-    command.add_argument("--any", action="store_true", help="the first is enough")
-    command.add_argument("--json", action="store_true", help="also on a terminal")
-
-    command = add("logs", cmd_logs, "python procman.py logs -f 3f2a91")
-    command.add_argument("pid", metavar="PID")
-    command.add_argument("-f", "--follow", action="store_true", help="until it ends")
-    command.add_argument("--raw", action="store_true", help="the bytes, not escaped")
-
-    command = add("prune", cmd_prune, "python procman.py prune --older-than 7d")
-    command.add_argument("--older-than", default=KEEP_SECONDS, metavar="LENGTH")
-
-    command = add("doctor", cmd_doctor, "python procman.py doctor")
-    command.add_argument("--json", action="store_true", help="also on a terminal")
+        for flag, details in arguments:
+            command.add_argument(*flag.split(), **details)
     return parser
 
 
@@ -4353,7 +4376,7 @@ def main(argv: list[str] | None = None) -> int:
         words = words[: words.index("--")]
     # Steps that are run in this process import the module that they see.
     sys.modules.setdefault("procman", sys.modules[__name__])
-    args = build_parser().parse_args(words)
+    args = build_parser(words[0] if words else None).parse_args(words)
     args.command = rest
     try:
         if rest and args.func is not cmd_start:
