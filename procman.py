@@ -857,8 +857,6 @@ TREE_VARIABLE = "PROCMAN_TREE"  # in the environment of all that a worker starts
 if sys.platform == "win32":
     import msvcrt
 
-    _WINDOWS = True
-
     def try_lock(fd: int) -> bool:
         """Lock an open file for this process's life, or say at once that it is held."""
         os.lseek(fd, 0, os.SEEK_SET)
@@ -982,8 +980,6 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    _WINDOWS = False
-
     def try_lock(fd: int) -> bool:
         """Lock an open file for this process's life, or say at once that it is held."""
         try:
@@ -1015,6 +1011,14 @@ else:
         except OSError:
             return ""
 
+    def _status_fields(os_pid: int) -> list[str]:
+        """The third and later fields of /proc/PID/stat; [] if it is gone."""
+        try:
+            with open(f"/proc/{os_pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].decode().split()
+        except OSError:
+            return []
+
     def _processes() -> dict[int, tuple[int, int]]:
         """{os_pid: (parent, session or group)} of all that run here, less the dead."""
         found = {}
@@ -1025,16 +1029,9 @@ else:
                     found[int(fields[0])] = (int(fields[1]), int(fields[2]))
             return found
         for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                with (
-                    contextlib.suppress(OSError),
-                    open(f"/proc/{entry}/stat", "rb") as file,
-                ):
-                    state, parent, _, session = (
-                        file.read().rpartition(b")")[2].split()[:4]
-                    )
-                    if state not in b"ZX":
-                        found[int(entry)] = (int(parent), int(session))
+            fields = _status_fields(int(entry)) if entry.isdigit() else []
+            if fields and fields[0] not in "ZX":
+                found[int(entry)] = (int(fields[1]), int(fields[3]))
         return found
 
     def _carries(os_pid: int, token: str) -> bool:
@@ -1082,13 +1079,9 @@ else:
 
     def start_time(os_pid: int) -> str:
         """What tells a process from a later one with its number; '' if it is gone."""
-        try:
-            with open(f"/proc/{os_pid}/stat", "rb") as file:
-                return file.read().rpartition(b")")[2].split()[19].decode()
-        except OSError:
-            if os.path.isdir("/proc/self"):
-                return ""
-            return _ask("ps", "-o", "lstart=", "-p", str(os_pid)).strip()
+        if os.path.isdir("/proc/self"):
+            return "".join(_status_fields(os_pid)[19:20])
+        return _ask("ps", "-o", "lstart=", "-p", str(os_pid)).strip()
 
     class Tree:
         """A worker and all that it started."""
@@ -1177,35 +1170,33 @@ class LockFile:
 
     def acquire(self) -> bool:
         """Take the lock; False if somebody holds it."""
+        reason = unsafe(self.path) if os.path.lexists(self.path) else None
+        if reason:
+            raise StorageError(f"the lock {self.path} {reason}: remove it")
         try:
             fd = private_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            reason = unsafe(self.path) if os.path.lexists(self.path) else None
-            raise StorageError(
-                f"cannot open the lock {self.path}: {reason or error.strerror}"
-            ) from None
-        reason = unsafe(self.path) if os.path.lexists(self.path) else None
-        if reason:
-            os.close(fd)
-            raise StorageError(f"the lock {self.path} {reason}: remove it")
-        if not try_lock(fd):
-            os.close(fd)
-            return False
-        self._fd = fd
-        return True
+            raise StorageError(f"the lock {self.path}: {error.strerror}") from None
+        if try_lock(fd):
+            self._fd = fd
+            return True
+        os.close(fd)
+        return False
 
     def release(self, *, remove: bool = False) -> None:
         """Give the lock back; with `remove` the file goes too."""
         if self._fd is None:
             return
-        if remove and not _WINDOWS:  # while it is held: nobody can hold the next one
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+        if remove:  # while it is held, so that nobody can hold the next one
+            self._remove()
         os.close(self._fd)
         self._fd = None
-        if remove and _WINDOWS:  # an open file cannot be removed there
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+        if remove:  # where an open file cannot be removed
+            self._remove()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
 
 
 class OutputFile:
@@ -1228,12 +1219,13 @@ class OutputFile:
 
     def begin(self, pid: str) -> None:
         """Start anew for the next step, with its process's pid in front."""
-        if self._fd < 0:  # beside the one that appends, which may do no more than that
-            self._fd = private_file(self.path, os.O_RDWR)
-        if self.size():
-            os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        os.write(self._fd, pid.encode() + b"\n")
+        with contextlib.suppress(OSError):  # a full disk stops no step
+            if self._fd < 0:  # beside the one that appends and may do no more
+                self._fd = private_file(self.path, os.O_RDWR)
+            if self.size():
+                os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.write(self._fd, pid.encode() + b"\n")
 
     def read(self) -> tuple[str, bytes]:
         """(pid, what it has printed so far)."""
@@ -3188,7 +3180,7 @@ class WorkerHandle:
         # Imported, not run as a script: Python keeps its bytecode.
         boot = (
             "import sys; sys.path.insert(0, sys.argv.pop(1));"
-            f" import {os.path.splitext(name)[0]} as m; sys.exit(m.main())"
+            f" import {name[:-3]} as procman; sys.exit(procman.main())"
         )
         appending = self.output.create()
         try:
