@@ -121,6 +121,7 @@ PID_PREFIX_LENGTH = 6  # ... and of the shortest prefix that may stand for it
 # Exit codes of the command line, an interface.
 DONE, FAILED, USAGE, NOT_FOUND, WRONG_STATE, STORAGE = 0, 1, 2, 3, 4, 5
 INTERRUPTED_EXIT, TIMED_OUT_EXIT = 6, 124
+BROKEN_PIPE_EXIT = 70  # of a worker that has lost its runner to a step
 
 
 class ProcmanError(Exception):
@@ -182,9 +183,12 @@ def shorten(text: str, limit: int) -> str:
 
 def quoted(value: Any) -> str:
     """A value from outside as it can stand in a message."""
-    return (
-        repr(shorten(value, 60)) if isinstance(value, str) else shorten(repr(value), 60)
-    )
+    if isinstance(value, str):
+        return repr(shorten(value, 60))
+    try:
+        return shorten(repr(value), 60)
+    except Exception:  # a number of 5,000 digits, for one
+        return f"this {type(value).__name__}"
 
 
 def printable(text: str) -> str:
@@ -192,7 +196,7 @@ def printable(text: str) -> str:
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
         lambda match: match.group().encode("unicode_escape").decode(),
-        text,
+        text.replace("\r\n", "\n"),
     )
 
 
@@ -387,9 +391,8 @@ def _check_arguments(value: Any, where: str) -> Json:
     for key, item in expect_object(value, where).items():
         expect_text(key, f"a key of {where}")
         if isinstance(item, (dict, list, tuple)):
-            raise BadType(
-                f"{where}.{key} must be a text or a number, as an argument is"
-            )
+            raise BadType(f"{where}.{key} must be a text or a number")
+    to_json(value, where)
     return dict(value)
 
 
@@ -492,7 +495,7 @@ def _check_command(value: Any, where: str) -> None:
 
 def _check_environment(value: Any, where: str) -> None:
     for name, item in expect_object(value, where).items():
-        if not name or "=" in name or "\0" in name:
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
             raise BadSpec(f"{where} has {quoted(name)}: not a variable's name")
         if item is not None:
             _check_string(item, f"{where}.{name}")
@@ -772,7 +775,7 @@ def check_pid(pid: Any) -> str:
 #
 # When something is due, and what an outcome causes.  No clock, no chance, no I/O.
 
-_MAX_RETRY_DELAY = 86400.0
+_MAX_GROWN = 86400.0  # seconds
 
 
 def parse_at(value: Any) -> float:
@@ -780,7 +783,7 @@ def parse_at(value: Any) -> float:
     import datetime
 
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        moment = float(value)
+        moment = min(value, 1e300)
     elif isinstance(value, str):
         text = value.strip()
         try:
@@ -796,18 +799,16 @@ def parse_at(value: Any) -> float:
         except (ValueError, OverflowError, OSError):
             raise BadSpec(
                 "at must be epoch seconds, ISO 8601 with a zone or 14 digits UTC,"
-                f" not {shorten(text, 40)!r}"
+                f" not {quoted(text)}"
             ) from None
         if when.tzinfo is None:
-            raise BadSpec(f"at has no time zone: write {text}Z or {text}+01:00")
+            raise BadSpec(f"at has no time zone: end {quoted(text)} with Z or +01:00")
         moment = when.timestamp()
     else:
         raise BadType(f"at must be a time, not {type(value).__name__}")
     if not 0 <= moment <= 253402300799:  # the last second with a four-digit year
-        raise BadSpec(
-            f"at must lie between 1970 and 9999, not {shorten(str(value), 40)}"
-        )
-    return moment
+        raise BadSpec(f"at must lie between 1970 and 9999, not {quoted(value)}")
+    return float(moment)
 
 
 def due_at(options: Mapping[str, Any], now: float) -> float:
@@ -818,11 +819,12 @@ def due_at(options: Mapping[str, Any], now: float) -> float:
 
 
 def retry_delay(attempt: int, interval: float, backoff: float) -> float:
-    """Seconds from the failure of `attempt` to the next, a day at most."""
+    """Seconds from the failure of `attempt` to the next; growth ends at a day."""
     try:
-        return min(_MAX_RETRY_DELAY, interval * backoff ** (attempt - 1))
+        grown = interval * backoff ** (attempt - 1)
     except OverflowError:
-        return _MAX_RETRY_DELAY
+        grown = _MAX_GROWN if interval else 0.0
+    return max(interval, min(_MAX_GROWN, grown))
 
 
 def event_after(ending: str, *, last: bool, retry_left: int) -> str:
@@ -884,6 +886,25 @@ if sys.platform == "win32":
         """What tells a process from a later one with its number (not needed here)."""
         return ""
 
+    def _kernel() -> Any:
+        import ctypes
+        from ctypes import wintypes
+
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        for name in ("CreateJobObjectW", "OpenJobObjectW", "OpenProcess"):
+            getattr(kernel, name).restype = wintypes.HANDLE
+        return kernel
+
+    def _active(job: Any) -> int:
+        """How many processes a job object has."""
+        import ctypes
+
+        # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION; ActiveProcesses lies 40 bytes in.
+        counts = (ctypes.c_ulong * 12)()
+        size = ctypes.sizeof(counts)
+        _kernel().QueryInformationJobObject(job, 1, ctypes.byref(counts), size, None)
+        return int(counts[10])
+
     class Tree:
         """A worker and all that it started: a job object that dies with its owner."""
 
@@ -891,17 +912,14 @@ if sys.platform == "win32":
             import ctypes
             from ctypes import wintypes
 
-            self._kernel = kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-            for function in (kernel.CreateJobObjectW, kernel.OpenProcess):
-                function.restype = wintypes.HANDLE
+            kernel = _kernel()
             # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which one flag matters here:
             # LimitFlags, 16 bytes in, gets JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE.
             limits = (ctypes.c_ulong * 36)()
             limits[4] = 0x2000
-            self._job: Any = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))
-            kernel.SetInformationJobObject(
-                self._job, 9, ctypes.byref(limits), ctypes.sizeof(limits)
-            )
+            size = ctypes.sizeof(limits)
+            self._job: Any = wintypes.HANDLE(kernel.CreateJobObjectW(None, token))
+            kernel.SetInformationJobObject(self._job, 9, ctypes.byref(limits), size)
             # PROCESS_SET_QUOTA and PROCESS_TERMINATE, as AssignProcess... wants.
             process = wintypes.HANDLE(kernel.OpenProcess(0x0101, False, os_pid))
             kernel.AssignProcessToJobObject(self._job, process)
@@ -909,13 +927,7 @@ if sys.platform == "win32":
 
         def alive(self) -> bool:
             """Whether anything of it is left."""
-            import ctypes
-
-            counts = (ctypes.c_ulong * 12)()  # the 10th is ActiveProcesses
-            self._kernel.QueryInformationJobObject(
-                self._job, 1, ctypes.byref(counts), ctypes.sizeof(counts), None
-            )
-            return bool(counts[10])
+            return _active(self._job) > 0
 
         def terminate(self) -> None:
             """Windows knows no polite request to a tree: the same as `kill`."""
@@ -923,31 +935,30 @@ if sys.platform == "win32":
 
         def kill(self) -> None:
             """End all of it at once."""
-            self._kernel.TerminateJobObject(self._job, 1)
+            _kernel().TerminateJobObject(self._job, 1)
 
         def close(self) -> None:
             """Forget it; what is left of it ends."""
-            if self._job:
-                self._kernel.CloseHandle(self._job)
-            self._job = None
+            _kernel().CloseHandle(self._job)
 
     def kill_stray(os_pid: int, born: str, token: str) -> None:
         """A dead runner's workers: its job objects have ended them already."""
 
+    _own_job: tuple[Any, int] | None = None  # with as many processes as it began with
+
     def adopt_orphans() -> None:
-        """Be the parent of what daemonises below here: a job object holds it anyway."""
+        """Be able to see what is started below here: by the worker's job object."""
+        global _own_job
+        from ctypes import wintypes
+
+        token = os.environ.get(TREE_VARIABLE)
+        if token:
+            job = wintypes.HANDLE(_kernel().OpenJobObjectW(0x0004, False, token))
+            _own_job = (job, _active(job))
 
     def children_left() -> bool:
         """Whether this process has started what still runs."""
-        import ctypes
-
-        counts = (ctypes.c_ulong * 12)()
-        asked = ctypes.windll.kernel32.QueryInformationJobObject(
-            None, 1, ctypes.byref(counts), ctypes.sizeof(counts), None
-        )
-        # A virtual environment's python.exe is a launcher that waits for the real one.
-        own = 1 if sys.prefix == sys.base_prefix else 2
-        return bool(asked) and counts[10] > own
+        return _own_job is not None and _active(_own_job[0]) > _own_job[1]
 
     def kill_children() -> None:
         """End what this process has started: its job object does, with the runner."""
@@ -1158,6 +1169,16 @@ else:
         return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class LockFile:
     """A file whose lock says that its holder lives; it ends with the process.
 
@@ -1238,6 +1259,12 @@ class OutputFile:
         except OSError:
             return "", b""
         return head[: self.HEADER - 1].decode("latin-1"), head[self.HEADER :] + tail
+
+    def all(self) -> bytes:
+        """The whole of a short file: what a worker says that never came up."""
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            return file.read(OUTPUT_HEAD_BYTES)
+        return b""
 
     def size(self) -> int:
         """Bytes printed."""
@@ -1405,7 +1432,7 @@ class Store:
         self._create = create
         self._turn = threading.RLock()
         self._db: Connection | None = None
-        self._owner = 0
+        self._owner = os.getpid()
         self._identity: tuple[int, int] = (0, 0)
         self._definitions: dict[int, Definition] = {}
         self._known: tuple[str, int] | None = None
@@ -1417,20 +1444,36 @@ class Store:
 
     @property
     def db(self) -> Connection:
-        """The connection, opened on first use and anew in a forked child."""
-        if self._db is None or self._owner != os.getpid():
-            if self._db is not None:
-                # SQLite forbids the child its parent's connection, also to close it.
-                _inherited.append(self._db)
-                self._turn = threading.RLock()
-            self._db, self._owner = None, os.getpid()
+        """The connection, opened on first use."""
+        if self._db is None:
             with self._troubles():
                 self._open()
         assert self._db is not None
         return self._db
 
+    @contextlib.contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        """One thread at a time; a forked child begins anew.
+
+        SQLite forbids it its parent's connection, even to close it; and the parent's
+        lock may be held by a thread that does not exist in the child.
+        """
+        if self._owner != os.getpid():
+            if self._db is not None:
+                _inherited.append(self._db)
+            self._db, self._turn, self._owner = None, threading.RLock(), os.getpid()
+        with self._turn, self._troubles():
+            yield
+
     def _open(self) -> None:
         self._check_path()
+        if os.path.exists(self.path + "-wal"):
+            # If the file is not ours, to close it would move its log into it: look at
+            # it through a connection that cannot write.
+            place = re.sub("[%?#]", lambda found: f"%{ord(found[0]):x}", self.path)
+            uri = "file:///" + place.replace(os.sep, "/").lstrip("/") + "?mode=ro"
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as looking:
+                self._retry(lambda: self._check_header(looking))
         db = sqlite3.connect(
             self.path, timeout=0, isolation_level=None, check_same_thread=False
         )
@@ -1516,13 +1559,15 @@ class Store:
                 os.mkdir(self.run_directory, 0o700)
             for path in (os.path.dirname(self.path), self.run_directory):
                 reason = unsafe(path, directory=True)
+                if path == self.run_directory and os.path.islink(path):
+                    reason = "is a symbolic link"
                 if reason:
                     raise StorageError(f"the directory {path} {reason}: refused")
 
     def close(self) -> None:
         """Close the connection; the next use opens it again."""
-        with self._turn:
-            if self._db is not None and self._owner == os.getpid():
+        with self._my_turn():
+            if self._db is not None:
                 self._db.close()
             self._db = None
 
@@ -1571,7 +1616,7 @@ class Store:
         Raises Busy after `wait` seconds.  Not `durable`: what it wrote may be lost in
         a power cut, as a claim may; it is never half there.
         """
-        with self._turn, self._troubles():
+        with self._my_turn():
             db = self.db
             if durable != self._durable:
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -1623,7 +1668,7 @@ class Store:
 
     def read(self, sql: str, parameters: Any = ()) -> list[Row]:
         """The rows of a SELECT."""
-        with self._turn, self._troubles():
+        with self._my_turn():
             rows: list[Row] = self._retry(
                 lambda: self.db.execute(sql, parameters).fetchall()
             )
@@ -1651,6 +1696,23 @@ class Store:
         self.add_event(db, row_id, "start")
         if new.definition.startswith('{"steps":{},'):
             self.transition(db, "finish", row_id)
+
+    def insert_with(self, connection: Connection, new: Submission) -> None:
+        """The same, in a transaction of somebody else's connection to this database."""
+        self.version()  # opens it, which makes the schema
+        factory, connection.row_factory = connection.row_factory, None
+        try:
+            self._check_identity()
+            files = [row[2] for row in connection.execute("PRAGMA database_list")]
+            if not any(file and os.path.samefile(file, self.path) for file in files):
+                raise StorageError(f"the connection given is not to {self.path}")
+            if not connection.in_transaction:
+                raise ProcmanError(
+                    "the connection given is in no transaction: BEGIN it"
+                )
+            self.insert(connection, new)
+        finally:
+            connection.row_factory = factory
 
     def _definition_id(self, db: Connection, text: str) -> int:
         import zlib
@@ -1717,7 +1779,7 @@ class Store:
         groups = {
             "open": OPEN_STATES,
             "final": FINAL_STATES,
-            **{s: (s,) for s in STATES},
+            **{state: (state,) for state in STATES},
         }
         if status is not None and status not in groups:
             raise BadSpec(f"status must be one of {', '.join(groups)}, not {status!r}")
@@ -2015,13 +2077,22 @@ class Store:
         """The children that a runner has noted."""
         return self.read("SELECT * FROM worker WHERE runner = ?", (runner,))
 
-    def cancels_wanted(self, runner: int) -> list[str]:
+    def cancels_wanted(self, runner: int) -> set[str]:
         """Pids of this runner's processes that somebody wants cancelled."""
         rows = self.read(
             """
             SELECT pid FROM process
              WHERE status = 'running' AND runner = ? AND cancel_requested""",
             (runner,),
+        )
+        return {row[0] for row in rows}
+
+    def unowned(self) -> list[int]:
+        """Runners that are not registered and hold something all the same."""
+        rows = self.read(
+            """
+            SELECT DISTINCT runner FROM process
+             WHERE status = 'running' AND runner NOT IN (SELECT id FROM runner)"""
         )
         return [row[0] for row in rows]
 
@@ -2095,10 +2166,12 @@ class Store:
                 f"DELETE FROM {table} WHERE {column} = ?",
                 [(row["id"],) for row in rows],
             )
-        # The newest event stays, so that its number is never given again.
+        # The newest event stays, as nobody's, so that its number is never given again.
         sql = """
-            DELETE FROM event
-             WHERE process = ? AND number < (SELECT max(number) FROM event)"""
+            UPDATE event SET process = 0
+             WHERE process = ? AND number = (SELECT max(number) FROM event)"""
+        db.executemany(sql, [(row["id"],) for row in rows])
+        sql = "DELETE FROM event WHERE process = ?"
         db.executemany(sql, [(row["id"],) for row in rows])
         sql = """
             DELETE FROM definition
@@ -2327,16 +2400,6 @@ class _FunctionStep:
         self.execute = function
 
 
-def signal_name(number: int) -> str:
-    """`SIGKILL` for 9."""
-    import signal
-
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
 class _Tee(threading.Thread):
     """Copies a command's pipe to this process's own output, and keeps what fits.
 
@@ -2485,7 +2548,8 @@ def build_step(spec: Any, services: Services, directory: str) -> Any:
     )
 
 
-def _needs_code(spec: Any) -> bool:
+def needs_code(spec: Any) -> bool:
+    """Whether a step imports code; else it is a command."""
     return isinstance(spec, str) or not ("command" in spec or "shell" in spec)
 
 
@@ -2509,7 +2573,7 @@ def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
                 f"cannot work in the directory {directory}: {error.strerror}",
             ) from None
         changed = dict(spec.get("env", {}))
-        if not _needs_code(order["spec"]):
+        if not needs_code(order["spec"]):
             changed = {
                 "PROCMAN_PID": context.pid,
                 "PROCMAN_STEP": context.step,
@@ -2607,6 +2671,7 @@ class StepExecutor:
 
     def __init__(self, services: Mapping[str, Any] | None = None):
         self._services = Services(services)
+        self.step = ""  # the one that ran last
 
     def execute(
         self, steps: Mapping[str, Any], data: Mapping[str, Any] | None = None
@@ -2622,12 +2687,13 @@ class StepExecutor:
     ) -> tuple[Json, bool]:
         """The same, and whether it was an interrupting step that ended it."""
         ManagedProcess(steps)
-        passed: Json = json.loads(to_json(expect_object(dict(data or {}))))
+        passed: Json = json.loads(to_json(expect_object({} if data is None else data)))
         pid, home = os.urandom(PID_LENGTH // 2).hex(), os.getcwd()
         for place in (os.path.dirname(os.path.abspath(__file__)), home):
             if place not in sys.path:
                 sys.path.append(place)
         for index, (name, spec) in enumerate(steps.items()):
+            self.step = name
             order = {"spec": spec, "directory": home, "args": {}, "data": passed}
             context = Context(pid, name, index, 1, lambda _: None, threading.Event())
             try:
@@ -2692,7 +2758,9 @@ class _Connection:
         content = memoryview(line.encode())
         with self._turn:
             if not self.intact((self._writing,)):
-                os._exit(70)  # a step has closed our pipe, and its number is another's
+                os._exit(
+                    BROKEN_PIPE_EXIT
+                )  # a step has closed our pipe, and its number is another's
             while content:
                 content = content[os.write(self._writing, content) :]
 
@@ -2805,7 +2873,7 @@ class _Worker:
             self._served.add(order["pid"])
             if len(self._served) > self._limit:
                 return f"has served {self._limit}"
-        if not _needs_code(order["spec"]):
+        if not needs_code(order["spec"]):
             return None
         if self._home is None:  # one directory a worker: its modules shadow others'
             self._home = order["directory"]
@@ -2885,7 +2953,6 @@ def worker_main() -> int:
     """Serve a runner at the other end of standard input and output."""
     import signal
 
-    adopt_orphans()
     connection = _Connection()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(  # type: ignore[union-attr]
@@ -2894,6 +2961,7 @@ def worker_main() -> int:
     sys.path[0] = os.path.dirname(os.path.abspath(__file__))
     frames = connection.lines()
     worker = _Worker(connection, json.loads(next(frames)))
+    adopt_orphans()
     signal.signal(signal.SIGTERM, worker.stop)
     connection.send({"ready": os.getpid()})
     threading.Thread(target=worker.read, args=(frames,), daemon=True).start()
@@ -2951,15 +3019,8 @@ class ProcessManager:
         """
         if connection is None:
             return self.start_many([(process, data)])[0]
-        files = [row[2] for row in connection.execute("PRAGMA database_list")]
-        if not any(file and os.path.samefile(file, self.path) for file in files):
-            raise StorageError(f"the connection given is not to {self.path}")
-        if not connection.in_transaction:
-            raise ProcmanError(
-                "the connection given has no open transaction: BEGIN first"
-            )
         new = self._prepare(process, data, self._directory())
-        self.store.insert(connection, new)
+        self.store.insert_with(connection, new)
         return str(new.pid)
 
     def start_many(
@@ -2985,6 +3046,8 @@ class ProcessManager:
             kind = type(process).__name__
             raise BadType(f"process must be a ManagedProcess, not {kind}")
         options = {**self._defaults, **process.options}
+        if "delay" in process.options:
+            options["at"] = None
         return Submission(
             os.urandom(PID_LENGTH // 2).hex(),
             Definition.text(process, options, directory),
@@ -3150,25 +3213,27 @@ class ProcessManager:
 # ===========================================================================
 #
 # Recover, claim, hand over, collect, commit, wait.  The one room that knows both
-# the store and the workers.
+# the store and the workers: the pool has the workers, the runner brings the two
+# together.
 
 
 class WorkerHandle:
     """The runner's view of one child: its pipes, its tree, what it holds."""
 
-    def __init__(self, name: str, hello: Json):
+    def __init__(self, token: str, hello: Json):
+        self.token = token
+        self.output = OutputFile(hello["output"])
         self.held: dict[int, Held] = {}  # by id, in the order handed over
         self.ready = False  # it has come up
         self.leaving: str | None = None  # why it gets no more orders
+        self.kill_at: float | None = None  # monotonic: then its tree is killed
         self.victim: tuple[int, Outcome] | None = None  # whom it is ended for
         self.head_since = 0.0  # monotonic: since when the first of `held` runs
         self.pace = AHEAD_SECONDS  # what a step takes here, rather too long
         self.asked_back = False
-        self.cut = 0  # bytes of the step's output that were cut out of the file
-        self.token = name
-        self.output = OutputFile(hello["output"])
-        self.tree: Tree | None = None
+        self.cut = 0  # bytes that were cut out of the running step's output
         self.child: asyncio.subprocess.Process | None = None
+        self.tree: Tree | None = None
         self._alone = False
         self._orders = [json.dumps(hello) + "\n"]
 
@@ -3196,6 +3261,8 @@ class WorkerHandle:
         finally:
             os.close(appending)
         self.tree = Tree(self.child.pid, self.token)
+        if self.leaving:
+            self.tree.kill()
         self.flush()
 
     async def frames(self) -> Any:
@@ -3225,6 +3292,10 @@ class WorkerHandle:
         ahead = max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
         return max(0, ahead - len(self.held))
 
+    def idle(self) -> bool:
+        """Whether it could begin a step now."""
+        return not self.held and not self.leaving
+
     def give(self, held: Held) -> None:
         """Hand a step over, with the next `flush`; it runs after those held before.
 
@@ -3243,9 +3314,8 @@ class WorkerHandle:
     def flush(self) -> None:
         """Send what was handed over, if the child is up to take it."""
         if self._orders and self.child is not None and self.child.stdin is not None:
-            with contextlib.suppress(
-                OSError, RuntimeError
-            ):  # its end is seen elsewhere
+            # A broken pipe shows in `frames`, as the end.
+            with contextlib.suppress(OSError, RuntimeError):
                 self.child.stdin.write("".join(self._orders).encode())
             self._orders = []
 
@@ -3255,6 +3325,13 @@ class WorkerHandle:
             self.asked_back = True
             self._orders.append('{"give_back":true}\n')
             self.flush()
+
+    def stalls_at(self) -> float | None:
+        """When what waits behind the running step has waited too long."""
+        waiting = len(self.held) - 1
+        if waiting < 1 or self.asked_back:
+            return None
+        return self.head_since + STALL_SECONDS - self.pace * waiting
 
     def take(self, number: int, took: float) -> Held | None:
         """A step has been reported: it is held no more; the next one has begun."""
@@ -3274,36 +3351,297 @@ class WorkerHandle:
         limits = []
         length = head.definition.step_timeout(head.step_index)
         if length is not None and self.ready:
-            name = head.definition.step_name(head.step_index)
-            limits.append(
-                (
-                    self.head_since + length,
-                    f"step {name!r} ran longer than {length:g} s",
-                )
-            )
+            words = f"the step ran longer than {length:g} s"
+            limits.append((self.head_since + length, words))
         if head.deadline is not None:
             length = head.definition.option("timeout")
             limits.append((head.deadline, f"the process ran longer than {length:g} s"))
         return min(limits, default=None)
 
-    def hang_up(self) -> None:
-        """Close its input: an idle child ends."""
-        if self.child is not None and self.child.stdin is not None:
-            self.child.stdin.close()
+    def look_at(self) -> float:
+        """When to look again how much the running step has printed."""
+        now = time.monotonic()
+        if self.output.size() > OutputFile.KEPT:
+            return now + STALL_SECONDS
+        ran = now - self.head_since
+        return now + min(POLL_SECONDS, max(STALL_SECONDS, ran / 2))
+
+    def death(self, held: Held, code: int | None) -> Json:
+        """The error of a step whose worker died under it."""
+        step = held.definition.step_name(held.step_index)
+        if code is not None and code < 0:
+            name = signal_name(-code)
+            words = f"its worker was ended by {name}"
+            return make_error(step, "WorkerDied", words, signal=name)
+        hint = "did the step call os._exit?"
+        if code == BROKEN_PIPE_EXIT:
+            hint = "did the step close descriptors that it did not open?"
+        words = f"its worker ended with exit code {code} and no result: {hint}"
+        return make_error(step, "WorkerDied", words, exit_code=code or None)
+
+
+class Pool:
+    """Hands steps to workers and collects how they end; has never heard of a store.
+
+    What is claimed waits in `ready`; outcomes come to `results`, reports of progress to
+    `progress`.  `wake` is called when there is something new.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        token: str,
+        hello: Json,
+        size: int,
+        wake: Callable[[], None],
+    ):
+        self.workers: list[WorkerHandle] = []
+        self.ready: deque[Held] = deque()
+        self.results: list[tuple[Held, Outcome]] = []
+        self.first_result_at = 0.0  # monotonic
+        self.progress: dict[int, tuple[Held, Json]] = {}
+        self.failure: BaseException | None = None  # why it cannot work at all
+        self.spawn_after = 0.0  # monotonic: after a failure not at once
+        self.grace = GRACE_SECONDS
+        self.spawned: list[WorkerHandle] = []  # since somebody asked
+        self.buried: list[WorkerHandle] = []
+        self._directory, self._token, self._hello = directory, token, hello
+        self._size, self._wake = size, wake
+        self._count = self._failures = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add_worker(self) -> WorkerHandle:
+        """Begin to start one; it can be handed steps at once."""
+        import asyncio
+
+        self._count += 1
+        token = f"{self._token}-{self._count}"
+        output = os.path.join(self._directory, token + ".log")
+        worker = WorkerHandle(token, {**self._hello, "output": output})
+        self.workers.append(worker)
+        task = asyncio.get_running_loop().create_task(self._attend(worker))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return worker
+
+    async def _attend(self, worker: WorkerHandle) -> None:
+        """The life of one worker, from its start to the end of its tree."""
+        try:
+            await worker.spawn()
+            self.spawned.append(worker)
+            async for frames in worker.frames():
+                for header, data in frames:
+                    self._on_frame(worker, header, data)
+                self._wake()
+                if worker.leaving == "retire":
+                    break
+            await self._clear(worker)
+        except OSError as error:
+            log().warning("no worker could be started: %s", error.strerror)
+        except Exception as error:  # a mistake of ours must not pass unseen
+            self.failure = error
+        self._settle(worker)
+        worker.output.remove()
+        self.workers.remove(worker)
+        self.buried.append(worker)
+        self._wake()
+
+    async def _clear(self, worker: WorkerHandle) -> None:
+        """Until nothing of a worker's tree is left, which may take until `kill_at`."""
+        import asyncio
+
+        assert worker.tree and worker.child
+        began, pause = time.monotonic(), 0.005
+        while worker.tree.alive():
+            if worker.kill_at is None or time.monotonic() >= worker.kill_at:
+                worker.tree.kill()
+            if time.monotonic() > (worker.kill_at or began) + BUSY_SECONDS:
+                log().warning("worker %s cannot be killed; given up", worker.token)
+                return
+            await asyncio.sleep(pause)
+            pause = min(0.1, pause * 2)
+        await worker.child.wait()
+        worker.tree.close()
+
+    def _on_frame(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
+        if "ready" in header:
+            worker.ready, self._failures = True, 0
+            worker.head_since = time.monotonic()
+        elif "retire" in header:
+            worker.leaving = worker.leaving or "retire"
+        elif "given_back" in header:
+            worker.asked_back = False
+            back = [worker.held.pop(number, None) for number in header["given_back"]]
+            self.ready.extendleft(held for held in reversed(back) if held is not None)
+        elif "progress" in header:
+            held = worker.held.get(header["id"])
+            if held is not None:
+                self.progress[held.id] = (held, header["progress"])
+        elif header["ending"] != "stopped" or worker.victim is None:
+            # Else its tree has to go first: see `_settle`.
+            self._on_report(worker, header, data)
+
+    def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
+        cut = worker.cut
+        held = worker.take(header["id"], header["took"])
+        if header.get("spent"):
+            worker.leaving = worker.leaving or "retire"
+        if held is not None:
+            output = header.get("output", "").encode("latin-1")
+            outcome = Outcome(header["ending"], data, header.get("error"), output, cut)
+            self.add_result(held, outcome)
+
+    def add_result(self, held: Held, outcome: Outcome) -> None:
+        """Note how a step ended."""
+        if not self.results:
+            self.first_result_at = time.monotonic()
+        self.results.append((held, outcome))
+
+    def _settle(self, worker: WorkerHandle) -> None:
+        """Decide what becomes of what a worker that is gone still held."""
+        code = worker.child.returncode if worker.child else None
+        head = worker.head()
+        if not worker.ready and worker.leaving is None:
+            self._count_failure(worker, code)
+        elif worker.leaving is None and head is not None:
+            worker.victim = (head.id, Outcome("error", error=worker.death(head, code)))
+        if worker.victim is not None:
+            number, outcome = worker.victim
+            held = worker.held.pop(number, None)
+            if held is not None:
+                printed = worker.output.read()[1]
+                self.add_result(held, outcome._replace(output=printed, cut=worker.cut))
+        self.ready.extendleft(reversed(worker.held.values()))
+        worker.held.clear()
+
+    def _count_failure(self, worker: WorkerHandle, code: int | None) -> None:
+        """A worker never came up: try again later, a few times."""
+        self._failures += 1
+        self.spawn_after = time.monotonic() + 0.1 * 2**self._failures
+        if self._failures >= MAX_SPAWN_FAILURES:
+            said = worker.output.all()[-300:].decode("utf-8", "replace").strip()
+            self.failure = ProcmanError(
+                f"workers do not start: {sys.executable} ended with {code}: {said}"
+            )
+
+    def may_spawn(self) -> int:
+        """How many more workers there may be just now."""
+        if time.monotonic() < self.spawn_after:
+            return 0
+        return max(0, self._size - len(self.workers))
+
+    def room(self) -> int:
+        """How many more steps could begin soon."""
+        room = sum(worker.room() for worker in self.workers)
+        return max(0, room + self.may_spawn() - len(self.ready))
+
+    def hand_over(self) -> None:
+        """Give what is ready to the workers, and back what none can begin soon."""
+        while self.ready:
+            worker = self._choose()
+            if worker is None:
+                break
+            worker.give(self.ready.popleft())
+        for worker in self.workers:
+            worker.flush()
+        while self.ready:
+            self.add_result(self.ready.popleft(), Outcome("stopped"))
+
+    def _choose(self) -> WorkerHandle | None:
+        """The worker for the next step: an idle one, one with room, a new one."""
+        best = max(
+            self.workers,
+            key=lambda worker: (worker.idle(), worker.room()),
+            default=None,
+        )
+        if best is not None and (
+            best.idle() or (best.room() and not self.ready[0].crashes)
+        ):
+            return best
+        return self.add_worker() if self.may_spawn() else None
+
+    def end(
+        self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
+    ) -> None:
+        """Ask a worker's tree to end; after the grace it is killed."""
+        if worker.kill_at is not None:
+            return
+        worker.leaving, worker.victim = why, victim
+        worker.kill_at = time.monotonic() + self.grace
+        worker.ask_back()
+        if worker.held and worker.tree is not None:
+            worker.tree.terminate()
+        elif worker.child is not None and worker.child.stdin is not None:
+            worker.child.stdin.close()  # it is idle, and ends when nobody is there
+
+    def watch(self) -> None:
+        """Look after what runs: time limits, graces, output, what waits too long."""
+        now = time.monotonic()
+        for worker in self.workers:
+            limit, head, stalls = worker.deadline(), worker.head(), worker.stalls_at()
+            if worker.kill_at is not None and now >= worker.kill_at and worker.tree:
+                worker.tree.kill()
+            elif limit and head and now >= limit[0]:
+                step = head.definition.step_name(head.step_index)
+                error = make_error(step, "Timeout", limit[1])
+                self.end(worker, "timeout", (head.id, Outcome("timeout", error=error)))
+            elif stalls is not None and now >= stalls:
+                worker.ask_back()
+            if head and now - worker.head_since > STALL_SECONDS:
+                worker.cut += worker.output.trim()
+            if worker.child and worker.child.returncode is not None and worker.tree:
+                worker.tree.kill()  # a forked child may hold its pipe open
+
+    def moments(self) -> Iterator[float]:
+        """When `watch` should be called next, the least of these."""
+        for worker in self.workers:
+            limit, stalls = worker.deadline(), worker.stalls_at()
+            if limit is not None:
+                yield limit[0]
+            if stalls is not None:
+                yield stalls
+            if worker.kill_at is not None:
+                yield max(worker.kill_at, time.monotonic() + STALL_SECONDS)
+            if worker.held:
+                yield worker.look_at()
+
+    def cancel(self, pids: set[str]) -> None:
+        """End the steps of these processes."""
+        for worker in self.workers:
+            head = worker.head()
+            if head is not None and head.pid in pids:
+                self.end(worker, "cancel", (head.id, Outcome("cancelled")))
+            elif any(held.pid in pids for held in worker.held.values()):
+                worker.ask_back()
+        for held in [held for held in self.ready if held.pid in pids]:
+            self.ready.remove(held)
+            self.add_result(held, Outcome("cancelled"))
+
+    async def close(self) -> None:
+        """Stop what runs; all that was held comes to `results`."""
+        import asyncio
+
+        for worker in self.workers:
+            self.end(worker, "stop")
+        while self._tasks:
+            self.watch()
+            await asyncio.wait(self._tasks, timeout=STALL_SECONDS)
+        while self.ready:
+            self.add_result(self.ready.popleft(), Outcome("stopped"))
 
 
 class _Doorbell:
     """A datagram protocol: any datagram wakes the runner."""
 
-    def __init__(self, wake: Callable[[], None]):
-        self._wake = wake
+    def __init__(self, ring: Callable[[], None]):
+        self._ring = ring
 
     def connection_made(self, transport: Any) -> None:
         """Nothing to do: there is nobody at the other end."""
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         """Somebody has started, proceeded or cancelled something."""
-        self._wake()
+        self._ring()
 
     def error_received(self, error: Exception) -> None:
         """A doorbell may fail: the runner looks anyway."""
@@ -3337,47 +3675,39 @@ class Runner:
         keep: float | str = KEEP_SECONDS,
         pid: str | None = None,
     ):
-        limits = {
-            "max_workers": max_workers,
-            "max_jobs": max_jobs,
-            "jobs_per_worker": jobs_per_worker,
-        }
-        for name, value in limits.items():
+        for value, name in (
+            (max_workers, "max_workers"),
+            (max_jobs, "max_jobs"),
+            (jobs_per_worker, "jobs_per_worker"),
+        ):
             if value is not None:
                 expect_number(value, name, 1, 2**31)
         if services is not None:
             check_reference(services, "services")
         self.already_running = False
         self._store = manager.store
-        self._wait = wait
+        self._wait, self._pid, self._max_jobs = wait, pid, max_jobs
         self._queues = sorted({check_queue(queue) for queue in queues})
-        self._max_workers = max_workers or os.cpu_count() or 1
-        self._max_jobs = max_jobs
-        self._grace = seconds(grace, "grace")
         self._keep = seconds(keep, "keep")
-        self._pid = pid
-        self._hello = {
+        self._token = os.urandom(8).hex()
+        self._number = 0
+        hello = {
             "limit": jobs_per_worker,
             "script_args": list(script_args),
             "services": services,
             "database": self._store.path,
         }
-        self._token = os.urandom(8).hex()
-        self._number = 0
-        self._workers: list[WorkerHandle] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._ready: deque[Held] = deque()  # claimed, to be handed over
-        self._results: list[tuple[Held, Outcome]] = []  # to be committed
-        self._progress: dict[int, tuple[Held, Json]] = {}
-        self._first_result_at = 0.0
-        self._claimed = self._done = self._spawned = self._failures = 0
-        self._spawn_after = self._upkeep_after = self._prune_after = 0.0
+        size = max_workers or os.cpu_count() or 1
+        files = self._store.run_directory
+        self._pool = Pool(files, self._token, hello, size, self._wake)
+        self._pool.grace = seconds(grace, "grace")
+        self._claimed = self._done = 0
+        self._upkeep_after = self._prune_after = 0.0
         self._busy_since: float | None = None
         self._stopping = False
-        self._failure: BaseException | None = None
+        self._called = self._rung = True
         self._waker: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._rung = True
 
     # --- life --------------------------------------------------------------
 
@@ -3393,7 +3723,9 @@ class Runner:
         May be called from any thread and from a signal handler.
         """
         if self._stopping:
-            self._grace = 0.0
+            self._pool.grace = 0.0
+            for worker in list(self._pool.workers):
+                worker.kill_at = 0.0
         self._stopping = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # closed already
@@ -3414,13 +3746,7 @@ class Runner:
         bell = None
         try:
             life.acquire()
-            port = None
-            with contextlib.suppress(OSError):  # no loopback: we look every second
-                doorbell: Any = _Doorbell(self._wake)
-                bell, _ = await self._loop.create_datagram_endpoint(
-                    lambda: doorbell, local_addr=("127.0.0.1", 0)
-                )
-                port = bell.get_extra_info("sockname")[1]
+            bell, port = await self._hang_bell()
             self._number = self._store.add_runner(
                 self._token, boot_id(), self._queues, port
             )
@@ -3431,31 +3757,44 @@ class Runner:
             try:
                 await self._leave()
             finally:
-                life.release(remove=not self._results)
+                life.release(remove=not self._pool.results)
                 alone.release()
-        if self._failure is not None:
-            raise self._failure
         return self._done
 
+    async def _hang_bell(self) -> tuple[Any, int | None]:
+        assert self._loop is not None
+        doorbell: Any = _Doorbell(self._ring)
+        try:
+            bell, _ = await self._loop.create_datagram_endpoint(
+                lambda: doorbell, local_addr=("127.0.0.1", 0)
+            )
+        except OSError:  # no loopback here: we look every second
+            return None, None
+        return bell, bell.get_extra_info("sockname")[1]
+
     async def _serve(self) -> None:
-        """Recover, commit and claim, hand over, wait: until there is no more."""
+        """Look after, commit and claim, hand over, wait: until there is no more."""
         import asyncio
 
         if self._wait:
-            self._add_worker()
+            self._pool.add_worker()
         while not self._stopping:
+            self._pool.watch()
             self._keep_up()
             if not self._commit():
                 busy = time.monotonic() - (self._busy_since or 0.0)
                 await asyncio.sleep(min(0.1, 0.001 + busy / 10) * (1 + jitter()))
                 continue
-            self._hand_over()
+            self._pool.hand_over()
             if self._nothing_left():
                 return
             await self._pause()
+            if self._pool.failure is not None:
+                raise self._pool.failure
 
     def _nothing_left(self) -> bool:
-        if self._results or self._ready or any(worker.held for worker in self._workers):
+        pool = self._pool
+        if pool.results or pool.ready or any(worker.held for worker in pool.workers):
             return False
         if self._max_jobs is not None and self._claimed >= self._max_jobs:
             return True
@@ -3465,19 +3804,18 @@ class Runner:
         """Stop what runs, queue it again, and leave nothing behind."""
         import asyncio
 
-        for held in self._ready:
-            self._results.append((held, Outcome("stopped")))
-        self._ready.clear()
-        for worker in self._workers:
-            self._end(worker, "stop")
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        if self._number:
-            deadline = time.monotonic() + BUSY_SECONDS
-            while not self._commit(claim=False) and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
-            if not self._results:
-                self._store.remove_runner(self._number)
+        await self._pool.close()
+        if not self._number:
+            return
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not self._commit(claim=False) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if not self._pool.results:
+            self._store.remove_runner(self._number)
+
+    def _ring(self) -> None:
+        self._called = True
+        self._wake()
 
     def _wake(self) -> None:
         self._rung = True
@@ -3503,226 +3841,30 @@ class Runner:
             self._waker, self._rung = None, False
 
     def _pause_seconds(self) -> float:
-        now = time.monotonic()
-        moments = [now + POLL_SECONDS]
-        if self._results:
-            idle = any(worker.ready and not worker.held for worker in self._workers)
-            full = len(self._results) >= GROUP_SIZE
-            moments.append(
-                now if idle or full else self._first_result_at + GROUP_SECONDS
-            )
-        for worker in self._workers:
-            limit = worker.deadline()
-            if limit:
-                moments.append(limit[0])
-            if len(worker.held) > 1 and not worker.asked_back:
-                moments.append(worker.head_since + STALL_SECONDS)
+        now, pool = time.monotonic(), self._pool
+        moments = [now + POLL_SECONDS, *pool.moments()]
+        if pool.results:
+            if len(pool.results) >= GROUP_SIZE or any(
+                worker.ready and worker.idle() for worker in pool.workers
+            ):
+                return 0.0
+            moments.append(pool.first_result_at + GROUP_SECONDS)
         if self._room():
             due = self._store.next_due(self._queues, self._pid)
             if due is not None:
-                moments.append(max(now + due - self._store.now(), self._spawn_after))
+                moments.append(max(now + due - self._store.now(), pool.spawn_after))
         return min(moments) - now
 
-    # --- workers -----------------------------------------------------------
+    # --- work --------------------------------------------------------------
 
     def _room(self) -> int:
         """How many processes could be handed over if they were claimed now."""
         if self._stopping:
             return 0
-        room = sum(worker.room() for worker in self._workers) - len(self._ready)
-        if self._may_spawn():
-            room += self._max_workers - len(self._workers)
+        room = self._pool.room()
         if self._max_jobs is not None:
             room = min(room, self._max_jobs - self._claimed)
-        return max(0, room)
-
-    def _add_worker(self) -> WorkerHandle:
-        self._spawned += 1
-        name = f"{self._token}-{self._spawned}"
-        output = os.path.join(self._store.run_directory, name + ".log")
-        worker = WorkerHandle(name, {**self._hello, "output": output})
-        self._workers.append(worker)
-        self._begin_task(self._attend(worker))
-        return worker
-
-    def _begin_task(self, coroutine: Any) -> None:
-        assert self._loop is not None
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._end_task)
-
-    def _end_task(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._failure = self._failure or task.exception()
-            self._stopping = True
-            self._wake()
-
-    async def _attend(self, worker: WorkerHandle) -> None:
-        """The life of one worker, from its start to the end of its tree."""
-        try:
-            await worker.spawn()
-            assert worker.child
-            with contextlib.suppress(Busy):  # it is for a crash of ours only
-                self._store.add_worker(
-                    self._number,
-                    worker.child.pid,
-                    start_time(worker.child.pid),
-                    worker.token,
-                )
-            async for frames in worker.frames():
-                for header, data in frames:
-                    self._on_frame(worker, header, data)
-                self._wake()
-                if worker.leaving == "retire":
-                    break
-        except OSError as error:
-            log().warning("no worker could be started: %s", error)
-        finally:
-            await self._bury(worker)
-
-    def _on_frame(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
-        if "ready" in header:
-            worker.ready, self._failures = True, 0
-            worker.head_since = time.monotonic()
-        elif "retire" in header:
-            worker.leaving = worker.leaving or "retire"
-            log().info("worker %s is replaced: it %s", worker.token, header["retire"])
-        elif "given_back" in header:
-            worker.asked_back = False
-            for number in header["given_back"]:
-                held = worker.held.pop(number, None)
-                if held is not None:
-                    self._ready.append(held)
-        elif "progress" in header:
-            held = worker.held.get(header["id"])
-            if held is not None:
-                self._progress[held.id] = (held, header["progress"])
-        else:
-            self._on_report(worker, header, data)
-
-    def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
-        cut = worker.cut
-        if header["ending"] == "stopped" and worker.victim is not None:
-            return  # the tree goes first, then it is recorded: see `_bury`
-        held = worker.take(header["id"], header["took"])
-        if header.get("spent"):
-            worker.leaving = worker.leaving or "retire"
-        if held is not None:
-            output = header.get("output", "").encode("latin-1")
-            self._add_result(
-                held, Outcome(header["ending"], data, header.get("error"), output, cut)
-            )
-
-    def _add_result(self, held: Held, outcome: Outcome) -> None:
-        if not self._results:
-            self._first_result_at = time.monotonic()
-        self._results.append((held, outcome))
-
-    async def _bury(self, worker: WorkerHandle) -> None:
-        """See that all of a worker's tree is gone, then settle what it held."""
-        code = None
-        if worker.child is not None and worker.tree is not None:
-            grace = self._grace if worker.leaving else 0.0
-            if worker.leaving == "retire":
-                grace = 0.0
-            await self._wait_for_tree(worker, grace)
-            code = await worker.child.wait()
-            worker.tree.close()
-        self._workers.remove(worker)
-        self._settle(worker, code)
-        worker.output.remove()
-        with contextlib.suppress(StorageError):
-            self._store.remove_worker(self._number, worker.token)
-        self._wake()
-
-    async def _wait_for_tree(self, worker: WorkerHandle, grace: float) -> None:
-        import asyncio
-
-        assert worker.tree
-        deadline, pause = time.monotonic() + grace, 0.005
-        while worker.tree.alive() and time.monotonic() < min(
-            deadline, time.monotonic() + self._grace
-        ):
-            await asyncio.sleep(pause)
-            pause = min(0.25, pause * 2)
-        worker.tree.kill()
-
-    def _settle(self, worker: WorkerHandle, code: int | None) -> None:
-        """Decide what becomes of the steps that a worker that has ended still held."""
-        if not worker.ready and worker.leaving is None:
-            self._failures += 1
-            self._spawn_after = time.monotonic() + 0.1 * 2**self._failures
-            if self._failures >= MAX_SPAWN_FAILURES:
-                said = worker.output.read()[1] or worker.output.read()[0].encode()
-                raise ProcmanError(
-                    f"workers do not start ({sys.executable} ended with {code}):"
-                    f" {said[-300:].decode('utf-8', 'replace').strip()}"
-                )
-        elif worker.leaving is None and worker.held:
-            first = next(iter(worker.held.values()))
-            worker.victim = (first.id, Outcome("error", error=self._death(first, code)))
-        if worker.victim is not None:
-            number, outcome = worker.victim
-            held = worker.held.pop(number, None)
-            if held is not None:
-                printed = worker.output.read()[1]
-                self._add_result(held, outcome._replace(output=printed, cut=worker.cut))
-        for held in worker.held.values():
-            if worker.leaving == "stop":
-                self._add_result(held, Outcome("stopped"))
-            else:
-                self._ready.append(held)
-        worker.held.clear()
-
-    @staticmethod
-    def _death(held: Held, code: int | None) -> Json:
-        """The error of a step whose worker died under it."""
-        step = held.definition.step_name(held.step_index)
-        if code is not None and code < 0:
-            name = signal_name(-code)
-            return make_error(
-                step, "WorkerDied", f"its worker was ended by {name}", signal=name
-            )
-        hint = ": did the step call os._exit?"
-        if code == 70:
-            hint = ": did the step close descriptors that it did not open?"
-        return make_error(
-            step,
-            "WorkerDied",
-            f"its worker ended with exit code {code} and no result{hint}",
-            exit_code=code or None,
-        )
-
-    def _end(
-        self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
-    ) -> None:
-        """Ask a worker's tree to end; after the grace it is killed."""
-        if worker.leaving and why != "stop":
-            return
-        worker.leaving, worker.victim = why, victim or worker.victim
-        worker.ask_back()
-        self._begin_task(self._end_tree(worker))
-
-    async def _end_tree(self, worker: WorkerHandle) -> None:
-        import asyncio
-
-        while worker.child is None and worker in self._workers:
-            await asyncio.sleep(0.01)  # it is being spawned
-        if worker not in self._workers or worker.tree is None:
-            return
-        if worker.held:
-            worker.tree.terminate()
-        else:
-            worker.hang_up()
-        began, pause = time.monotonic(), 0.005
-        while worker in self._workers:
-            if time.monotonic() - began >= self._grace:
-                worker.tree.kill()
-            await asyncio.sleep(pause)
-            pause = min(0.1, pause * 2)
-
-    # --- work --------------------------------------------------------------
+        return room
 
     def _is_due(self) -> bool:
         due = self._store.next_due(self._queues, self._pid)
@@ -3733,47 +3875,43 @@ class Runner:
 
         False if the database is busy: then nothing has changed, here or there.
         """
+        pool, store = self._pool, self._store
         room = self._room() if claim else 0
-        if not self._results and not self._progress and not (room and self._is_due()):
+        if not pool.results and not pool.progress and not (room and self._is_due()):
             return True
-        results, progress = self._results, self._progress
+        claimed = []
         try:
             # A claim alone need not reach the disk: without it we claim again.
-            with self._store.transaction(wait=0, durable=bool(results)) as db:
-                for held, report in progress.values():
-                    self._store.record_progress(db, held, report)
+            with store.transaction(wait=0, durable=bool(pool.results)) as db:
+                for held, report in pool.progress.values():
+                    store.record_progress(db, held, report)
                 settled = [
-                    (held, outcome, *self._store.record(db, held, outcome))
-                    for held, outcome in results
+                    (held, outcome, *store.record(db, held, outcome))
+                    for held, outcome in pool.results
                 ]
                 going_on = [entry[3] for entry in settled if entry[3] is not None]
                 room -= len(going_on)
-                claimed = (
-                    self._store.claim_due(
+                if room > 0:
+                    claimed = store.claim_due(
                         db, self._number, self._queues, room, self._pid
                     )
-                    if room > 0
-                    else []
-                )
         except Busy as error:
             self._note_busy(error)
             return False
         self._busy_since = None
-        self._results, self._progress = [], {}
+        pool.results, pool.progress = [], {}
+        pool.ready.extendleft(reversed(going_on))
+        pool.ready.extend(claimed)
         self._claimed += len(claimed)
-        for held, outcome, event, following in settled:
-            self._note(held, outcome, event, following)
-        self._ready.extendleft(reversed(going_on))
-        self._ready.extend(claimed)
+        for held, outcome, event, _ in settled:
+            self._note(held, outcome, event)
         return True
 
-    def _note(
-        self, held: Held, outcome: Outcome, event: str, following: Held | None
-    ) -> None:
+    def _note(self, held: Held, outcome: Outcome, event: str) -> None:
         """Count and log what has been committed."""
         if event == "give_back":
             self._claimed -= 1
-        elif following is None:
+        elif event not in ("step", "lost"):
             self._done += 1
         if event in ("fail", "time_out", "retry"):
             error = outcome.error or {}
@@ -3791,62 +3929,21 @@ class Runner:
             self._busy_since = now
             log().warning("%s; this runner goes on trying", error)
 
-    def _hand_over(self) -> None:
-        """Give what is claimed to the workers, and what none can begin soon back."""
-        while self._ready:
-            worker = self._choose()
-            if worker is None:
-                break
-            worker.give(self._ready.popleft())
-        for worker in self._workers:
-            worker.flush()
-        for held in self._ready:
-            self._add_result(held, Outcome("stopped"))
-        self._ready.clear()
-
-    def _choose(self) -> WorkerHandle | None:
-        """The worker for the next step: an idle, a new one, the one with most room."""
-        best = max(self._workers, key=self._suits, default=None)
-        if best is not None and not best.held and not best.leaving:
-            return best
-        if self._may_spawn():
-            return self._add_worker()
-        if best is None or not best.room() or self._ready[0].crashes:
-            return None
-        return best
-
-    @staticmethod
-    def _suits(worker: WorkerHandle) -> tuple[bool, int]:
-        return not worker.held and not worker.leaving, worker.room()
-
-    def _may_spawn(self) -> bool:
-        return (
-            len(self._workers) < self._max_workers
-            and time.monotonic() >= self._spawn_after
-        )
-
     # --- upkeep ------------------------------------------------------------
 
     def _keep_up(self) -> None:
-        """Look after what runs; once a second also after what others left."""
+        """Carry out wishes; once a second look after what others left."""
         now = time.monotonic()
-        for worker in list(self._workers):
-            limit = worker.deadline()
-            head = worker.head()
-            if limit and head and now >= limit[0]:
-                step = head.definition.step_name(head.step_index)
-                error = make_error(step, "Timeout", limit[1])
-                self._end(worker, "timeout", (head.id, Outcome("timeout", error=error)))
-            elif len(worker.held) > 1 and now - worker.head_since > STALL_SECONDS:
-                worker.ask_back()
-        if any(worker.held for worker in self._workers) and self._rung:
-            self._carry_out_cancels()
-        if now < self._upkeep_after:
+        if now < self._upkeep_after and not self._called:
             return
-        self._upkeep_after = now + POLL_SECONDS
         try:
-            self._carry_out_cancels()
-            self._watch_workers()
+            if any(worker.held for worker in self._pool.workers):
+                self._pool.cancel(self._store.cancels_wanted(self._number))
+            self._called = False
+            if now < self._upkeep_after:
+                return
+            self._upkeep_after = now + POLL_SECONDS
+            self._keep_account()
             self._recover_dead()
             if self._wait and now >= self._prune_after:
                 self._prune_after = now + PRUNE_SECONDS
@@ -3854,46 +3951,43 @@ class Runner:
         except Busy as error:
             self._note_busy(error)
 
-    def _carry_out_cancels(self) -> None:
-        wanted = set(self._store.cancels_wanted(self._number))
-        for worker in self._workers if wanted else ():
-            head = worker.head()
-            if head is not None and head.pid in wanted:
-                self._end(worker, "cancel", (head.id, Outcome("cancelled")))
-            elif any(held.pid in wanted for held in worker.held.values()):
-                worker.ask_back()
-        for held in [held for held in self._ready if held.pid in wanted]:
-            self._ready.remove(held)
-            self._add_result(held, Outcome("cancelled"))
-
-    def _watch_workers(self) -> None:
-        for worker in self._workers:
-            if worker.held:
-                worker.cut += worker.output.trim()
-            if worker.child and worker.child.returncode is not None and worker.tree:
-                worker.tree.kill()  # a forked child may hold its pipe open
+    def _keep_account(self) -> None:
+        """Note which children there are, for the case that we die before them."""
+        pool = self._pool
+        while pool.spawned:
+            worker = pool.spawned[-1]
+            if worker.child is not None and worker not in pool.buried:
+                born = start_time(worker.child.pid)
+                self._store.add_worker(
+                    self._number, worker.child.pid, born, worker.token
+                )
+            pool.spawned.pop()
+        while pool.buried:
+            self._store.remove_worker(self._number, pool.buried[-1].token)
+            pool.buried.pop()
 
     def _recover_dead(self) -> None:
         """Settle what runners left that are proved dead: their lock can be taken."""
+        for number in self._store.unowned():
+            self._store.recover(number, charged=True)
         for row in self._store.runners():
             if row["id"] == self._number:
                 continue
-            path = os.path.join(self._store.run_directory, row["token"] + ".lock")
-            life = LockFile(path)
+            files = os.path.join(self._store.run_directory, row["token"])
+            life = LockFile(files + ".lock")
             if not life.acquire():
                 continue
             same_boot = row["boot"] == boot_id()
             for worker in self._store.workers(row["id"]) if same_boot else ():
                 kill_stray(worker["os_pid"], worker["born"], worker["token"])
             pids = self._store.recover(row["id"], charged=same_boot)
-            for entry in os.listdir(self._store.run_directory):
-                if entry.startswith(row["token"] + "-"):
-                    OutputFile(os.path.join(self._store.run_directory, entry)).remove()
+            for name in os.listdir(self._store.run_directory):
+                if name.startswith(row["token"] + "-"):
+                    OutputFile(os.path.join(self._store.run_directory, name)).remove()
             life.release(remove=True)
             if pids:
-                log().warning(
-                    "runner %d died; recovered: %s", row["id"], " ".join(pids[:20])
-                )
+                names = " ".join(pids[:20])
+                log().warning("runner %d died; recovered: %s", row["id"], names)
 
 
 # ===========================================================================
@@ -3924,11 +4018,17 @@ def show(infos: Iterable[ProcessInfo], as_json: bool) -> None:
         print(printable("  ".join(cells)).rstrip())
 
 
+def _read_input() -> bytes:
+    if sys.stdin is None:  # as cron may have it
+        raise BadSpec("standard input is closed")
+    return sys.stdin.buffer.read(MAX_JSON_BYTES + 1)
+
+
 def _read_argument(text: str, where: str) -> bytes:
     """The content of `-` (standard input), of `@FILE`, or the text itself."""
     try:
         if text == "-":
-            return sys.stdin.buffer.read(MAX_JSON_BYTES + 1)
+            return _read_input()
         if text.startswith("@"):
             with open(text[1:], "rb") as file:
                 return file.read(MAX_JSON_BYTES + 1)
@@ -3949,6 +4049,12 @@ def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManage
 
 def _say(text: str) -> None:
     print(f"procman: {printable(text)}", file=sys.stderr)
+
+
+def _hint(text: str) -> None:
+    """Say it to a person, not into a log or a mail from cron."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        _say(text)
 
 
 def cmd_start(args: argparse.Namespace) -> int:
@@ -3977,8 +4083,8 @@ def cmd_start(args: argparse.Namespace) -> int:
     process = ManagedProcess(steps, **options)
     manager = _manager(args, create=True)
     print(manager.start_process(process, _data_argument(args.data)))
-    if sys.stderr.isatty() and not manager.store.runners():
-        _say("queued; no runner is at work: `procman.py runner` runs what is due")
+    if not manager.store.runners():
+        _hint("no runner is at work: `procman.py runner` runs what is due")
     return DONE
 
 
@@ -4002,6 +4108,10 @@ def cmd_runner(args: argparse.Namespace) -> int:
     """Run what is due; with --wait stay."""
     import shlex
 
+    try:
+        script_args = shlex.split(args.script_args)
+    except ValueError as error:
+        raise BadSpec(f"--script-args {quoted(args.script_args)}: {error}") from None
     max_jobs = args.max_jobs
     if args.max_processes is not None and args.wait:
         _say("--max-processes has no effect with --wait: use --max-jobs")
@@ -4014,18 +4124,15 @@ def cmd_runner(args: argparse.Namespace) -> int:
         max_workers=args.max_workers,
         max_jobs=max_jobs,
         jobs_per_worker=args.jobs_per_worker,
-        script_args=shlex.split(args.script_args),
+        script_args=script_args,
         services=args.services,
         grace=args.grace,
         keep=args.keep,
     )
     with _stopping(runner):
         count = runner.run()
-    if runner.already_running:
-        if sys.stderr.isatty():
-            _say("a runner with --wait serves this already")
-    elif sys.stderr.isatty():
-        _say(f"{count} processes run")
+    already = "a runner with --wait serves this already"
+    _hint(already if runner.already_running else f"{count} processes run")
     return DONE
 
 
@@ -4033,9 +4140,13 @@ def _exit_code(status: str) -> int:
     return {FINISHED: DONE, INTERRUPTED: INTERRUPTED_EXIT}.get(status, FAILED)
 
 
+def _say_failure(error: Json) -> None:
+    _say(f"step {error['step']!r}: {error['type']}: {error['message']}")
+
+
 def _execute_input(debug: bool) -> int:
     """{"steps": ..., "data": ...} on standard input; the output on standard output."""
-    given = from_json(sys.stdin.buffer.read(MAX_JSON_BYTES + 1), "standard input")
+    given = from_json(_read_input(), "standard input")
     given = expect_object(given, "standard input")
     unknown = ", ".join(sorted(given.keys() - {"steps", "data"}))
     if unknown or "steps" not in given:
@@ -4051,8 +4162,8 @@ def _execute_input(debug: bool) -> int:
     except ProcmanError:
         raise
     except BaseException as error:
-        failure = describe_failure("", error)
-        _say(f"{failure['type']}: {failure['message']}")
+        failure = describe_failure(executor.step, error)
+        _say_failure(failure)
         if debug:
             print(failure["traceback"], file=sys.stderr)
         return FAILED
@@ -4072,6 +4183,7 @@ def cmd_execute(args: argparse.Namespace) -> int:
     status = manager.get_process_status(pid)
     if status != QUEUED:
         raise WrongState(pid, "execute", status, (QUEUED,))
+    log().disabled = True  # what it would say is said below
     runner = Runner(manager, pid=pid, max_workers=1, max_jobs=1)
     with _stopping(runner):
         runner.run()
@@ -4080,8 +4192,7 @@ def cmd_execute(args: argparse.Namespace) -> int:
     if info.status in (FINISHED, INTERRUPTED):
         print(json.dumps(info.output))
     else:
-        error = info.error or {"type": info.status, "message": f"it is {info.status}"}
-        _say(f"process {pid}: {error['type']}: {error['message']}")
+        _say_failure(info.error or make_error(info.step, info.status, "no result"))
     return _exit_code(info.status)
 
 
@@ -4338,7 +4449,6 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         " state, 5 storage trouble, 6 interrupted, 124 timed out.  The database is"
         " --db, else $PROCMAN_DB, else procman.db beside procman.py.",
     )
-    parser.set_defaults(db=None, debug=False)
     parser.add_argument("--version", action="version", version=f"procman {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in [only] if only in COMMANDS else COMMANDS:
@@ -4360,6 +4470,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; every error is one line on standard error and a code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale
     if words == [WORKER_COMMAND]:
         return worker_main()
     rest: list[str] = []
@@ -4368,7 +4480,8 @@ def main(argv: list[str] | None = None) -> int:
         words = words[: words.index("--")]
     # Steps that are run in this process import the module that they see.
     sys.modules.setdefault("procman", sys.modules[__name__])
-    args = build_parser(words[0] if words else None).parse_args(words)
+    parser = build_parser(words[0] if words else None)
+    args = parser.parse_args(words, argparse.Namespace(db=None, debug=False))
     args.command = rest
     try:
         if rest and args.func is not cmd_start:
@@ -4378,7 +4491,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ProcmanError as error:
         if args.debug:
-            raise
+            import traceback
+
+            traceback.print_exc()
         _say(str(error))
         return error.exit_code
     except BrokenPipeError:
