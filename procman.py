@@ -113,6 +113,7 @@ MAX_TRACEBACK = 16 << 10  # characters kept of one traceback
 MAX_MESSAGE = 4 << 10  # characters kept of one error message
 OUTPUT_HEAD_BYTES = 64 << 10  # what is kept of a process's output: the first ...
 OUTPUT_TAIL_BYTES = 1 << 20  # ... and the last; the cut between is counted
+OUTPUT_TRIM_BYTES = 4 << 20  # ... as soon as a running step's file is longer
 WAL_BYTES = 4 << 20  # the write-ahead log is checkpointed when it is longer
 WORKER_COMMAND = "worker"  # by which the runner starts a worker
 PID_LENGTH = 32  # hex digits of a pid ...
@@ -654,13 +655,12 @@ class Held(
 
 
 class Outcome(
-    namedtuple("Outcome", "ending data error output cut", defaults=(None, None, b"", 0))
+    namedtuple("Outcome", "ending data error printed", defaults=(None, None, None))
 ):
     """How one step ended, before anyone judged it.
 
-    `ending` is done, interrupt, error, timeout, cancelled or stopped; `data` is
-    JSON text, None to pass the input on; `output` is what it printed, less `cut`
-    bytes in the middle.
+    `ending` is done, interrupt, error, timeout, cancelled or stopped; `data` is JSON
+    text, None to pass the input on; `printed` is a Printed, None for nothing.
     """
 
     __slots__ = ()
@@ -1220,45 +1220,89 @@ class LockFile:
             os.unlink(self.path)
 
 
+class Printed(namedtuple("Printed", "head cut tail", defaults=(b"", 0, b""))):
+    """What was printed: the first bytes, how many were cut out, the last ones."""
+
+    __slots__ = ()
+
+    def after(self, skip: int = 0) -> bytes:
+        """What comes after so many bytes, with a note where some are missing."""
+        gap = self.cut - max(0, skip - len(self.head))
+        note = b"\n[... %d bytes cut ...]\n" % gap if gap > 0 else b""
+        shown: bytes = (
+            self.head[skip:]
+            + note
+            + self.tail[max(0, skip - len(self.head) - self.cut) :]
+        )
+        return shown
+
+    def total(self) -> int:
+        """How many bytes were printed."""
+        return len(self.head) + int(self.cut) + len(self.tail)
+
+    def plus(self, more: Printed) -> Printed:
+        """This and then that, within the limits."""
+        if not self.tail and not self.cut:  # the head may still grow
+            both = self.head + more.head
+            head, rest = both[:OUTPUT_HEAD_BYTES], both[OUTPUT_HEAD_BYTES:]
+        else:
+            head, rest = self.head, self.tail + more.head
+        if more.cut:
+            rest, cut = more.tail, self.cut + len(rest) + more.cut
+        else:
+            rest, cut = rest + more.tail, self.cut
+        over = max(0, len(rest) - OUTPUT_TAIL_BYTES)
+        return Printed(head, cut + over, rest[over:])
+
+
 class OutputFile:
-    """What a worker's step prints, in a private file that begins with the pid.
+    """What a worker's step prints, in a private file that `trim` keeps short.
 
-    Never longer than a few times what is kept: `trim` cuts the middle out.
+    Its first line says whose it is, and how many bytes `trim` has cut out.
     """
-
-    HEADER = PID_LENGTH + 1
-    KEPT = OUTPUT_HEAD_BYTES + OUTPUT_TAIL_BYTES
 
     def __init__(self, path: str):
         self.path = path
         self._fd = -1
+        self._first_line = b""
 
     def create(self) -> int:
         """Make the file; return a descriptor that appends, for the child."""
         self.remove()
         return private_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
-    def begin(self, pid: str) -> None:
-        """Start anew for the next step, with its process's pid in front."""
+    def begin(self, owner: str) -> None:
+        """Start anew for the next step."""
         with contextlib.suppress(OSError):  # a full disk stops no step
             if self._fd < 0:  # beside the one that appends and may do no more
                 self._fd = private_file(self.path, os.O_RDWR)
-            if self.size():
-                os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, pid.encode() + b"\n")
+            self._first_line = self._line(owner, 0)
+            os.write(self._fd, self._first_line)
 
-    def read(self) -> tuple[str, bytes]:
-        """(pid, what it has printed so far)."""
+    @staticmethod
+    def _line(owner: str, cut: int) -> bytes:
+        return f"{owner} {cut:020d}\n".encode()
+
+    def has_some(self) -> bool:
+        """Whether anything was printed since `begin`."""
+        with contextlib.suppress(OSError):
+            return os.fstat(self._fd).st_size > len(self._first_line)
+        return False
+
+    def read(self) -> tuple[str, Printed]:
+        """(owner, what it has printed so far)."""
         try:
             with open(self.path, "rb") as file:
-                head = file.read(self.HEADER + OUTPUT_HEAD_BYTES)
-                size = os.fstat(file.fileno()).st_size
-                file.seek(max(file.tell(), size - OUTPUT_TAIL_BYTES))
-                tail = file.read(OUTPUT_TAIL_BYTES)
-        except OSError:
-            return "", b""
-        return head[: self.HEADER - 1].decode("latin-1"), head[self.HEADER :] + tail
+                owner, _, cut = file.readline(200).decode("latin-1").rpartition(" ")
+                head = file.read(OUTPUT_HEAD_BYTES)
+                start, size = file.tell(), os.fstat(file.fileno()).st_size
+                file.seek(max(start, size - OUTPUT_TAIL_BYTES))
+                skipped = file.tell() - start
+                return owner, Printed(head, int(cut) + skipped, file.read())
+        except (OSError, ValueError):  # gone, or not begun
+            return "", Printed()
 
     def all(self) -> bytes:
         """The whole of a short file: what a worker says that never came up."""
@@ -1267,27 +1311,24 @@ class OutputFile:
         return b""
 
     def size(self) -> int:
-        """Bytes printed."""
-        try:
-            found = os.fstat(self._fd) if self._fd >= 0 else os.stat(self.path)
-            return max(0, found.st_size - self.HEADER)
-        except OSError:
-            return 0
+        """Bytes in the file."""
+        with contextlib.suppress(OSError):
+            return os.stat(self.path).st_size
+        return 0
 
-    def trim(self) -> int:
-        """Cut the middle out of a file that has grown long; return what was cut."""
-        before = self.size()
-        if before <= 4 * self.KEPT:
-            return 0
-        pid, kept = self.read()
+    def trim(self) -> None:
+        """Cut the middle out of a file that has grown long."""
+        if self.size() <= OUTPUT_TRIM_BYTES:
+            return
+        owner, printed = self.read()
         with contextlib.suppress(OSError):
             fd = private_file(self.path, os.O_WRONLY)
             try:
                 os.ftruncate(fd, 0)
-                os.write(fd, pid.encode("latin-1") + b"\n" + kept)
+                line = self._line(owner, printed.cut)
+                os.write(fd, line + printed.head + printed.tail)
             finally:
                 os.close(fd)
-        return before - len(kept)
 
     def remove(self) -> None:
         """Delete it."""
@@ -1358,8 +1399,8 @@ SCHEMA: tuple[str, ...] = (
     CREATE TABLE output (           -- what the steps printed
         process INTEGER PRIMARY KEY,
         head    BLOB NOT NULL,      -- the first bytes
-        tail    BLOB NOT NULL,      -- the last bytes
-        cut     INTEGER NOT NULL    -- how many lay between
+        cut     INTEGER NOT NULL,   -- how many lay between
+        tail    BLOB NOT NULL       -- the last bytes
     )""",
     """
     CREATE TABLE event (            -- what happened, in order
@@ -1378,6 +1419,7 @@ SCHEMA: tuple[str, ...] = (
         boot       TEXT NOT NULL,   -- the machine's start it lived in
         started_at REAL NOT NULL,
         queues     TEXT NOT NULL,   -- comma-separated
+        waits      INTEGER NOT NULL, -- whether it stays, and so holds the lock for them
         port       INTEGER          -- of its doorbell: UDP on the loopback
     )""",
     """
@@ -1625,17 +1667,16 @@ class Store:
             # commit fails at once, whatever the wait.
             self._retry(lambda: db.execute("BEGIN IMMEDIATE"), wait)
             try:
-                self._check_identity()
+                self.check_identity()
                 yield db
                 db.execute("COMMIT")
             finally:
                 if db.in_transaction:  # a full disk has rolled back already
                     db.execute("ROLLBACK")
             self._commits += 1
-            if self._commits % GROUP_SIZE == 1:
-                self.checkpoint()
+            self.checkpoint()
 
-    def _check_identity(self) -> None:
+    def check_identity(self) -> None:
         """Into a deleted file inserts succeed: say so before anything is promised."""
         try:
             found = os.stat(self.path)
@@ -1702,13 +1743,13 @@ class Store:
         self.version()  # opens it, which makes the schema
         factory, connection.row_factory = connection.row_factory, None
         try:
-            self._check_identity()
+            self.check_identity()
             files = [row[2] for row in connection.execute("PRAGMA database_list")]
             if not any(file and os.path.samefile(file, self.path) for file in files):
                 raise StorageError(f"the connection given is not to {self.path}")
             if not connection.in_transaction:
                 raise ProcmanError(
-                    "the connection given is in no transaction: BEGIN it"
+                    "the connection given has no open transaction: BEGIN"
                 )
             self.insert(connection, new)
         finally:
@@ -1820,24 +1861,36 @@ class Store:
         where, parameters = self._filter(status, name, queue)
         return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
 
-    def output(self, row: Row) -> bytes:
-        """What a process has printed, also what a running step has up to now."""
-        head, tail, cut = b"", b"", 0
-        for kept in self.read(
-            "SELECT head, tail, cut FROM output WHERE process = ?", (row["id"],)
-        ):
-            head, tail, cut = kept
-        gap = b"\n[... %d bytes cut ...]\n" % cut if cut else b""
-        return head + gap + tail + self._live_output(row)
+    def output(self, pid: str, skip: int = 0) -> tuple[bytes, int]:
+        """What a process has printed after so many bytes, and how many there are.
 
-    def _live_output(self, row: Row) -> bytes:
+        Also what the running step has printed up to now.
+        """
+        while True:
+            row = self.find(pid)
+            printed, live = self._stored_output(row["id"]), self._live_output(row)
+            again = self.find(pid)
+            if (row["claim"], row["step_index"]) == (
+                again["claim"],
+                again["step_index"],
+            ):
+                break  # nothing has moved from the one to the other meanwhile
+        rest = live.after(max(0, skip - printed.total()))
+        return printed.after(skip) + rest, printed.total() + live.total()
+
+    def _stored_output(self, row_id: int) -> Printed:
+        sql = "SELECT head, cut, tail FROM output WHERE process = ?"
+        return next((Printed(*row) for row in self.read(sql, (row_id,))), Printed())
+
+    def _live_output(self, row: Row) -> Printed:
         if row["status"] == RUNNING and os.path.isdir(self.run_directory):
+            wanted = f"{row['pid']} {row['claim']} {row['step_index']}"
             for entry in os.scandir(self.run_directory):
                 if entry.name.endswith(".log"):
-                    pid, printed = OutputFile(entry.path).read()
-                    if pid == row["pid"]:
+                    owner, printed = OutputFile(entry.path).read()
+                    if owner == wanted:
                         return printed
-        return b""
+        return Printed()
 
     def runners(self) -> list[Row]:
         """All that are registered, alive or not."""
@@ -1957,15 +2010,17 @@ class Store:
         else:
             moved = self.transition(db, event, held.id, columns, claim=held.claim)
         if not moved and event != "cancel":  # a cancel may have come between
-            return self.record(db, held, Outcome("cancelled", output=outcome.output))
+            return self.record(db, held, Outcome("cancelled", printed=outcome.printed))
         if not moved:
             return "lost", None
         data = held.data if outcome.data is None else outcome.data
         if outcome.ending in ("done", "interrupt"):
             sql = "INSERT OR REPLACE INTO data VALUES (?, ?, ?)"
             db.execute(sql, (held.id, following, data))
-        if outcome.output or outcome.cut:
-            self._add_output(db, held.id, outcome.output, outcome.cut)
+        if outcome.printed is not None:
+            whole = self._stored_output(held.id).plus(outcome.printed)
+            sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
+            db.execute(sql, (held.id, *whole))
         if event != "step":
             return event, None
         return event, held._replace(step_index=following, data=data, crashes=0)
@@ -1986,19 +2041,6 @@ class Store:
                 held.attempt, options("retry_interval"), options("backoff")
             )
         return columns
-
-    def _add_output(
-        self, db: Connection, row_id: int, printed: bytes, cut: int
-    ) -> None:
-        """Append what a step printed, keeping the first and the last bytes."""
-        sql = "SELECT head, tail, cut FROM output WHERE process = ?"
-        head, tail, before = db.execute(sql, (row_id,)).fetchone() or (b"", b"", 0)
-        room = 0 if tail else OUTPUT_HEAD_BYTES - len(head)
-        head, rest = head + printed[:room], tail + printed[room:]
-        tail = rest[-OUTPUT_TAIL_BYTES:]
-        cut += before + len(rest) - len(tail)
-        sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
-        db.execute(sql, (row_id, head, tail, cut))
 
     def record_progress(self, db: Connection, held: Held, progress: Json) -> None:
         """Keep how far a running process says it is."""
@@ -2043,15 +2085,23 @@ class Store:
     # --- runners -----------------------------------------------------------
 
     def add_runner(
-        self, token: str, boot: str, queues: Iterable[str], port: int | None
+        self,
+        token: str,
+        boot: str,
+        queues: Iterable[str],
+        port: int | None,
+        *,
+        waits: bool = False,
     ) -> int:
         """Register a runner, which holds the lock of its token; return its number."""
         with self.transaction() as db:
+            served = (",".join(queues), waits, port)
             number = db.execute(
                 """
-                INSERT INTO runner (token, os_pid, boot, started_at, queues, port)
-                VALUES (?, ?, ?, ?, ?, ?)""",
-                (token, os.getpid(), boot, self.now(), ",".join(queues), port),
+                INSERT INTO runner
+                       (token, os_pid, boot, started_at, queues, waits, port)
+                VALUES (?, ?, ?, ?, ?, ?, ?)""",
+                (token, os.getpid(), boot, self.now(), *served),
             ).lastrowid
         assert number is not None
         return number
@@ -2349,7 +2399,7 @@ def _load_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
             raise  # the module is there, but not what it imports
-        places = ", ".join(sys.path[:-1] or sys.path)
+        places = ", ".join(filter(None, sys.path))
         raise StepError(
             "ModuleNotFoundError", f"no module {error.name!r}; looked in: {places}"
         ) from None
@@ -2698,6 +2748,9 @@ class StepExecutor:
             context = Context(pid, name, index, 1, lambda _: None, threading.Event())
             try:
                 result, interrupts = execute_step(order, self._services, context)
+            except StepError as error:
+                words = f"step {name!r}: {error}"
+                raise StepError(error.kind, words, **error.more) from None
             finally:
                 os.chdir(home)
             if result is not None:
@@ -2796,8 +2849,8 @@ class _Sources:
 
     def changed(self) -> str | None:
         """A file that is not what was imported; at most 5 % of the time goes here."""
-        began = time.perf_counter()
-        if began - self._looked_at < 20 * self._cost:
+        now, began = time.monotonic(), time.thread_time()
+        if now - self._looked_at < min(0.02, 20 * self._cost):
             return None
         found = next(
             (
@@ -2807,9 +2860,17 @@ class _Sources:
             ),
             None,
         )
-        self._looked_at = time.perf_counter()
-        self._cost = self._looked_at - began
+        self._looked_at, self._cost = now, time.thread_time() - began
         return found
+
+
+def _streams_closed() -> bool:
+    """Whether a step has closed or detached what print() needs."""
+    streams: Any = (sys.__stdout__, sys.__stderr__)
+    try:
+        return any(stream.closed for stream in streams)
+    except ValueError:
+        return True
 
 
 class _Worker:
@@ -2888,7 +2949,7 @@ class _Worker:
         """Run one step and make its report."""
         report: Json = {"id": order["id"]}
         data, began = None, time.perf_counter()
-        self._output.begin(order["pid"])
+        self._output.begin(f"{order['pid']} {order['claim']} {order['index']}")
         try:
             report["ending"], data = self._execute(order)
         except _Stopped:
@@ -2900,9 +2961,10 @@ class _Worker:
         for stream in (sys.__stdout__, sys.__stderr__):
             with contextlib.suppress(Exception):
                 stream.flush()  # type: ignore[union-attr]
-        if self._output.size():
-            report["output"] = self._output.read()[1].decode("latin-1")
-        if not self._connection.intact() or children_left():
+        if self._output.has_some():
+            head, cut, tail = self._output.read()[1]
+            report["printed"] = [head.decode("latin-1"), cut, tail.decode("latin-1")]
+        if not self._connection.intact() or _streams_closed() or children_left():
             report["spent"] = True
         report["took"] = time.perf_counter() - began
         return report, data
@@ -2958,7 +3020,9 @@ def worker_main() -> int:
         stream.reconfigure(  # type: ignore[union-attr]
             encoding="utf-8", errors="backslashreplace", line_buffering=True
         )
-    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.abspath(__file__))
+    # Without the '' of `python -c`: it means wherever a step works, before all else.
+    sys.path[:] = [here, *(place for place in sys.path if place not in ("", here))]
     frames = connection.lines()
     worker = _Worker(connection, json.loads(next(frames)))
     adopt_orphans()
@@ -3179,7 +3243,7 @@ class ProcessManager:
 
     def logs(self, pid: str, *, raw: bool = False) -> Any:
         """What its steps have printed so far: text, or with `raw` the bytes."""
-        printed = self.store.output(self.store.find(pid))
+        printed, _ = self.store.output(pid)
         return printed if raw else printed.decode("utf-8", "backslashreplace")
 
     def prune(self, older_than: float | str = KEEP_SECONDS) -> int:
@@ -3231,7 +3295,6 @@ class WorkerHandle:
         self.head_since = 0.0  # monotonic: since when the first of `held` runs
         self.pace = AHEAD_SECONDS  # what a step takes here, rather too long
         self.asked_back = False
-        self.cut = 0  # bytes that were cut out of the running step's output
         self.child: asyncio.subprocess.Process | None = None
         self.tree: Tree | None = None
         self._alone = False
@@ -3289,6 +3352,8 @@ class WorkerHandle:
         """How many more steps it may be handed now: short ones several at a time."""
         if self.leaving or (self.held and (self._alone or not self.ready)):
             return 0
+        if self.held and time.monotonic() - self.head_since > AHEAD_SECONDS:
+            return 0
         ahead = max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
         return max(0, ahead - len(self.held))
 
@@ -3308,7 +3373,8 @@ class WorkerHandle:
         self.held[held.id] = held
         self._orders.append(
             f'{held.definition.order(held.step_index)},"id":{held.id},'
-            f'"pid":"{held.pid}","attempt":{held.attempt},"data":{held.data}}}\n'
+            f'"pid":"{held.pid}","claim":{held.claim},"attempt":{held.attempt},'
+            f'"data":{held.data}}}\n'
         )
 
     def flush(self) -> None:
@@ -3336,7 +3402,7 @@ class WorkerHandle:
     def take(self, number: int, took: float) -> Held | None:
         """A step has been reported: it is held no more; the next one has begun."""
         self.pace = max(took, 0.9 * self.pace + 0.1 * took)
-        self.head_since, self.cut = time.monotonic(), 0
+        self.head_since = time.monotonic()
         return self.held.pop(number, None)
 
     def head(self) -> Held | None:
@@ -3351,7 +3417,8 @@ class WorkerHandle:
         limits = []
         length = head.definition.step_timeout(head.step_index)
         if length is not None and self.ready:
-            words = f"the step ran longer than {length:g} s"
+            name = head.definition.step_name(head.step_index)
+            words = f"step {name!r} ran longer than {length:g} s"
             limits.append((self.head_since + length, words))
         if head.deadline is not None:
             length = head.definition.option("timeout")
@@ -3361,7 +3428,7 @@ class WorkerHandle:
     def look_at(self) -> float:
         """When to look again how much the running step has printed."""
         now = time.monotonic()
-        if self.output.size() > OutputFile.KEPT:
+        if self.output.size() > OUTPUT_TAIL_BYTES:
             return now + STALL_SECONDS
         ran = now - self.head_since
         return now + min(POLL_SECONDS, max(STALL_SECONDS, ran / 2))
@@ -3429,6 +3496,7 @@ class Pool:
         try:
             await worker.spawn()
             self.spawned.append(worker)
+            self._wake()
             async for frames in worker.frames():
                 for header, data in frames:
                     self._on_frame(worker, header, data)
@@ -3450,7 +3518,11 @@ class Pool:
         """Until nothing of a worker's tree is left, which may take until `kill_at`."""
         import asyncio
 
-        assert worker.tree and worker.child
+        assert worker.tree and worker.child and worker.child.stdin
+        worker.child.stdin.close()
+        if worker.leaving is None:  # it ends by itself: let it say with which code
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(worker.child.wait(), 0.5)
         began, pause = time.monotonic(), 0.005
         while worker.tree.alive():
             if worker.kill_at is None or time.monotonic() >= worker.kill_at:
@@ -3482,13 +3554,15 @@ class Pool:
             self._on_report(worker, header, data)
 
     def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
-        cut = worker.cut
         held = worker.take(header["id"], header["took"])
         if header.get("spent"):
             worker.leaving = worker.leaving or "retire"
         if held is not None:
-            output = header.get("output", "").encode("latin-1")
-            outcome = Outcome(header["ending"], data, header.get("error"), output, cut)
+            printed = None
+            if "printed" in header:
+                head, cut, tail = header["printed"]
+                printed = Printed(head.encode("latin-1"), cut, tail.encode("latin-1"))
+            outcome = Outcome(header["ending"], data, header.get("error"), printed)
             self.add_result(held, outcome)
 
     def add_result(self, held: Held, outcome: Outcome) -> None:
@@ -3509,8 +3583,10 @@ class Pool:
             number, outcome = worker.victim
             held = worker.held.pop(number, None)
             if held is not None:
-                printed = worker.output.read()[1]
-                self.add_result(held, outcome._replace(output=printed, cut=worker.cut))
+                owner, printed = worker.output.read()
+                if owner.startswith(held.pid):
+                    outcome = outcome._replace(printed=printed)
+                self.add_result(held, outcome)
         self.ready.extendleft(reversed(worker.held.values()))
         worker.held.clear()
 
@@ -3588,7 +3664,7 @@ class Pool:
             elif stalls is not None and now >= stalls:
                 worker.ask_back()
             if head and now - worker.head_since > STALL_SECONDS:
-                worker.cut += worker.output.trim()
+                worker.output.trim()
             if worker.child and worker.child.returncode is not None and worker.tree:
                 worker.tree.kill()  # a forked child may hold its pipe open
 
@@ -3748,7 +3824,7 @@ class Runner:
             life.acquire()
             bell, port = await self._hang_bell()
             self._number = self._store.add_runner(
-                self._token, boot_id(), self._queues, port
+                self._token, boot_id(), self._queues, port, waits=self._wait
             )
             await self._serve()
         finally:
@@ -3934,16 +4010,17 @@ class Runner:
     def _keep_up(self) -> None:
         """Carry out wishes; once a second look after what others left."""
         now = time.monotonic()
-        if now < self._upkeep_after and not self._called:
-            return
         try:
+            self._keep_account()
+            if now < self._upkeep_after and not self._called:
+                return
             if any(worker.held for worker in self._pool.workers):
                 self._pool.cancel(self._store.cancels_wanted(self._number))
             self._called = False
             if now < self._upkeep_after:
                 return
             self._upkeep_after = now + POLL_SECONDS
-            self._keep_account()
+            self._store.check_identity()
             self._recover_dead()
             if self._wait and now >= self._prune_after:
                 self._prune_after = now + PRUNE_SECONDS
@@ -4084,7 +4161,7 @@ def cmd_start(args: argparse.Namespace) -> int:
     manager = _manager(args, create=True)
     print(manager.start_process(process, _data_argument(args.data)))
     if not manager.store.runners():
-        _hint("no runner is at work: `procman.py runner` runs what is due")
+        _hint("queued; no runner is at work: `procman.py runner` runs what is due")
     return DONE
 
 
@@ -4140,8 +4217,8 @@ def _exit_code(status: str) -> int:
     return {FINISHED: DONE, INTERRUPTED: INTERRUPTED_EXIT}.get(status, FAILED)
 
 
-def _say_failure(error: Json) -> None:
-    _say(f"step {error['step']!r}: {error['type']}: {error['message']}")
+def _say_failure(what: str, error: Json) -> None:
+    _say(f"{what}step {error['step']!r}: {error['type']}: {error['message']}")
 
 
 def _execute_input(debug: bool) -> int:
@@ -4163,7 +4240,7 @@ def _execute_input(debug: bool) -> int:
         raise
     except BaseException as error:
         failure = describe_failure(executor.step, error)
-        _say_failure(failure)
+        _say_failure("", failure)
         if debug:
             print(failure["traceback"], file=sys.stderr)
         return FAILED
@@ -4192,7 +4269,8 @@ def cmd_execute(args: argparse.Namespace) -> int:
     if info.status in (FINISHED, INTERRUPTED):
         print(json.dumps(info.output))
     else:
-        _say_failure(info.error or make_error(info.step, info.status, "no result"))
+        error = info.error or make_error(info.step, info.status, "no result")
+        _say_failure(f"process {pid}: ", error)
     return _exit_code(info.status)
 
 
@@ -4248,20 +4326,20 @@ def cmd_wait(args: argparse.Namespace) -> int:
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """Print what a process has printed."""
-    manager, shown, cut = _manager(args), 0, False
+    import codecs
+
+    manager, shown = _manager(args), 0
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     while True:
         status = manager.get_process_status(args.pid)
-        printed = manager.logs(args.pid, raw=True)
-        cut = cut or len(printed) < shown
-        fresh = b"" if cut else printed[shown:]
-        shown = max(shown, len(printed))
+        fresh, shown = manager.store.output(args.pid, shown)
+        over = not args.follow or status in FINAL_STATES
         if args.raw:
             sys.stdout.buffer.write(fresh)
         else:
-            text = fresh.decode("utf-8", "backslashreplace")
-            sys.stdout.write(printable(text))
+            sys.stdout.write(printable(decoder.decode(fresh, over)))
         sys.stdout.flush()
-        if not args.follow or status in FINAL_STATES:
+        if over:
             return DONE
         time.sleep(0.2)
 
@@ -4280,6 +4358,7 @@ def _runner_state(manager: ProcessManager, row: Row) -> Json:
     return {
         "os_pid": row["os_pid"],
         "alive": not dead,
+        "waits": bool(row["waits"]),
         "queues": row["queues"].split(","),
         "started_at": timestamp(row["started_at"]),
     }
@@ -4299,12 +4378,10 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         trouble = manager.store.trouble()
         manager.store.make_run_directory()
         found["processes"] = {state: manager.count(status=state) for state in STATES}
-        found["runners"] = [
-            _runner_state(manager, row) for row in manager.store.runners()
-        ]
-        lock = LockFile(manager.path + ".lock")
-        found["lock"] = "free" if lock.acquire() else "held by a waiting runner"
-        lock.release()
+        runners = [_runner_state(manager, row) for row in manager.store.runners()]
+        holders = [state for state in runners if state["waits"] and state["alive"]]
+        found["lock"] = "held by a runner" if holders else "free"
+        found["runners"] = runners
     except NotFound as error:
         found["note"] = str(error)
     except StorageError as error:
@@ -4480,10 +4557,9 @@ def main(argv: list[str] | None = None) -> int:
         words = words[: words.index("--")]
     # Steps that are run in this process import the module that they see.
     sys.modules.setdefault("procman", sys.modules[__name__])
-    parser = build_parser(words[0] if words else None)
-    args = parser.parse_args(words, argparse.Namespace(db=None, debug=False))
-    args.command = rest
+    args = argparse.Namespace(db=None, debug=False, command=rest)
     try:
+        build_parser(words[0] if words else None).parse_args(words, args)
         if rest and args.func is not cmd_start:
             raise BadSpec("only start takes a command after --")
         code: int = args.func(args)

@@ -1,0 +1,4831 @@
+"""Tests of procman: behaviour through its public interface, with real processes.
+
+The groups carry the numbers of the rooms of procman.py, so that a failing group
+names the room; 11 kills things, 12 are the rules of the house, 13 are benchmarks.
+Sleeps stand only in `eventually` and in the steps.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import re
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PROCMAN = HERE / "procman.py"
+sys.path.insert(0, str(HERE))
+
+import procman  # noqa: E402
+from procman import (  # noqa: E402
+    ManagedProcess,
+    ProcessManager,
+    Runner,
+    StepExecutor,
+)
+
+WINDOWS = os.name == "nt"
+posix = pytest.mark.skipif(WINDOWS, reason="Windows has no such signals or files")
+
+# ===========================================================================
+# 0. Fixtures and helpers
+# ===========================================================================
+
+# The steps that workers import: steps.py in the directory of each test.
+STEPS = '''
+import json, os, signal, subprocess, sys, time
+from procman import InterruptingProcessStep, ProcessStep, current
+
+
+def double(data):
+    return {"n": data["n"] * 2}
+
+def add_one(data):
+    return {**data, "n": data.get("n", 0) + 1}
+
+def nothing(data):
+    return None
+
+def shout(data):
+    print("out", current().step)
+    print("err", current().step, file=sys.stderr)
+
+def fail(data):
+    raise ValueError("no luck")
+
+def hang(data):
+    mark(data, "hang")
+    time.sleep(600)
+
+def nap(data):
+    time.sleep(data["seconds"])
+
+async def coroutine(data):
+    import asyncio
+    await asyncio.sleep(0.01)
+    return {"async": True}
+
+def mark(data, word):
+    """One line in the ledger: what was run, also if nothing of it was committed."""
+    if "ledger" in data:
+        with open(data["ledger"], "a") as file:
+            file.write(f"{word} {os.getpid()}\\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+def ledger(data):
+    mark(data, current().key)
+
+class Greeter(ProcessStep):
+    def __init__(self, *given, **named):
+        self.given, self.named = given, named
+    def execute(self, data):
+        return {"given": list(map(str, self.given)), "named": self.named}
+
+class Ask(InterruptingProcessStep):
+    def execute(self, data):
+        return {**data, "question": "go on?"}
+
+def make_greeter(*given, **named):
+    return Greeter(*given, **named)
+
+def service():
+    return "the service"
+
+services = {"greeting": service}
+'''
+
+
+class Clock:
+    """A wall clock that stands still until it is advanced."""
+
+    def __init__(self) -> None:
+        self.at = time.time()
+
+    def __call__(self) -> float:
+        return self.at
+
+    def advance(self, seconds: float) -> None:
+        self.at += seconds
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A directory of its own, with steps.py, to work in."""
+    for name in ("PROCMAN_DB", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "steps.py").write_text(STEPS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def manager(home, clock):
+    """A manager on a database of its own, whose time only the test advances."""
+    with contextlib.closing(ProcessManager(home / "procman.db", now=clock)) as found:
+        yield found
+
+
+def steps(*specs, **options):
+    """A process whose steps are named a, b, c, ..."""
+    return ManagedProcess(dict(zip("abcdefghijkl", specs)), **options)
+
+
+def drain(manager, **options):
+    """Run what is due; return how many processes that were."""
+    return Runner(manager, **{"max_workers": 2, "grace": 2, **options}).run()
+
+
+Result = namedtuple("Result", "code out err")
+
+
+def spawn(*words, **options):
+    """A procman command as a child; standard output and error are pipes."""
+    given = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        **options,
+    }
+    return subprocess.Popen([sys.executable, str(PROCMAN), *map(str, words)], **given)
+
+
+def cli(*words, stdin=b"", timeout=60, **options):
+    """Run a command to its end: (exit code, standard output, standard error)."""
+    child = spawn(*words, stdin=subprocess.PIPE, **options)
+    try:
+        out, err = child.communicate(stdin, timeout)
+    finally:
+        child.kill()
+    text = [
+        part.decode("utf-8", "replace").replace("\r\n", "\n") for part in (out, err)
+    ]
+    return Result(child.returncode, *text)
+
+
+def eventually(check, seconds=20):
+    """Wait until `check()` is true and return its value; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = check()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(manager, *words):
+    """A waiting runner as a child, up and registered, for the time of the block."""
+    before = {row["id"] for row in manager.store.runners()}
+    child = spawn("runner", "--wait", "--grace", "2", "--db", manager.path, *words)
+    try:
+        eventually(lambda: {row["id"] for row in manager.store.runners()} - before)
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.communicate(timeout=20)
+        finally:
+            child.kill()
+
+
+def read_ledger(path):
+    """The words written by the steps, in order."""
+    return (
+        [line.split()[0] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
+
+
+# ===========================================================================
+# 1. Vocabulary
+# ===========================================================================
+
+
+def test_errors_say_what_which_and_what_now(manager):
+    finished = manager.start_process(steps("steps:add_one"))
+    failed = manager.start_process(steps("steps:fail", name="bad one"))
+    asked = manager.start_process(steps("steps:Ask", "steps:add_one"))
+    assert drain(manager) == 3
+    queued = manager.start_process(steps("steps:add_one"))
+    cancelled = manager.start_process(steps("steps:add_one"))
+    assert manager.cancel(cancelled) == cancelled == manager.cancel(cancelled)
+    for call, kind, code, text in [
+        (
+            lambda: manager.proceed(queued),
+            procman.WrongState,
+            4,
+            f"cannot proceed process {queued}: it is queued, .*needs interrupted",
+        ),
+        (
+            lambda: manager.cancel(finished),
+            procman.WrongState,
+            4,
+            f"cannot cancel process {finished}: it is finished, .*needs ",
+        ),
+        (
+            lambda: manager.get_process_info("0" * 32),
+            procman.NotFound,
+            3,
+            f"no process {'0' * 32} in {re.escape(manager.path)}",
+        ),
+        (
+            lambda: manager.cancel("../../etc"),
+            procman.NotFound,
+            3,
+            "no process '../../etc': a pid is 32 hex digits, or 6 ",
+        ),
+        (
+            lambda: manager.wait(failed),
+            procman.ProcessFailed,
+            1,
+            f"process {failed} ended as error in step 'a': ValueError: no luck",
+        ),
+        (
+            lambda: manager.wait(cancelled),
+            procman.ProcessCancelled,
+            1,
+            f"process {cancelled} was cancelled",
+        ),
+        (
+            lambda: manager.wait_all([finished, queued], 0.001),
+            procman.WaitTimeout,
+            124,
+            f"after 0.001 s 1 of 2 still open, .*{queued}",
+        ),
+        (
+            lambda: manager.proceed(asked, ["no", "object"]),
+            procman.BadType,
+            2,
+            "data must be a JSON object, not list",
+        ),
+        (
+            lambda: manager.list_processes(status="done"),
+            procman.BadSpec,
+            2,
+            "status must be one of open, final, queued, .*, not 'done'$",
+        ),
+    ]:
+        with pytest.raises(kind) as caught:
+            call()
+        assert re.match(text, str(caught.value)), str(caught.value)
+        assert caught.value.exit_code == code
+        assert isinstance(caught.value, procman.ProcmanError)
+    with pytest.raises(procman.ProcessFailed) as caught:
+        manager.wait(failed)
+    assert caught.value.info == manager.get_process_info(failed)
+    assert manager.get_process_status(asked) == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (procman.BadSpec, ValueError),
+        (procman.BadType, TypeError),
+        (procman.NotFound, LookupError),
+        (procman.WaitTimeout, TimeoutError),
+    ],
+)
+def test_an_error_is_also_the_builtin_one_that_a_caller_would_catch(error, builtin):
+    assert issubclass(error, builtin)
+
+
+def words_nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+WORDS_LOOP = []
+WORDS_LOOP.append(WORDS_LOOP)
+WORDS_REFUSED = [
+    (float("nan"), "DATA.x is nan: JSON has no such number", ValueError),
+    (float("-inf"), "DATA.x is -inf: JSON has no such number", ValueError),
+    ("\ud800", "DATA.x has a lone surrogate: not valid Unicode", ValueError),
+    ({"\udfff": 1}, "has a lone surrogate: not valid Unicode", ValueError),
+    ([0, {"y": 2**64}], "DATA.x[1].y is an integer beyond 64 bits: use a string", None),
+    (-(2**63) - 1, "DATA.x is an integer beyond 64 bits: use a string", ValueError),
+    (2**200, "DATA.x is an integer beyond 64 bits: use a string", ValueError),
+    (words_nested(1000), "is nested deeper than 200", ValueError),
+    (words_nested(100_000), "is nested deeper than 200", ValueError),
+    (WORDS_LOOP, "is nested deeper than 200", ValueError),
+    ({1: 2}, "DATA.x has the key 1: ", TypeError),
+    ([{"y": {None: 2}}], "DATA.x[0].y has the key None: ", TypeError),
+    ({1, 2}, "DATA.x is a set, which JSON cannot carry", TypeError),
+    ([b"bytes"], "DATA.x[0] is a bytes, which JSON cannot carry", TypeError),
+    (object(), "DATA.x is a object, which JSON cannot carry", TypeError),
+    ({"at": sqlite3.Date(2022, 2, 9)}, "DATA.x.at is a date, which JSON", TypeError),
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "kind"), WORDS_REFUSED, ids=range(len(WORDS_REFUSED))
+)
+def test_what_json_cannot_carry_is_refused_with_its_place(manager, value, text, kind):
+    queued = manager.start_process(steps("steps:Ask"))
+    for place, call in [
+        ("data", lambda: manager.start_process(steps("steps:nothing"), {"x": value})),
+        ("data", lambda: manager.proceed(queued, {"x": value})),
+        (
+            "steps.a.kwargs",
+            lambda: manager.start_process(
+                steps({"class": "steps:Greeter", "kwargs": {"x": value}})
+            ),
+        ),
+    ]:
+        with pytest.raises(kind or ValueError) as caught:
+            call()
+        assert isinstance(caught.value, procman.BadSpec)
+        assert text.replace("DATA", place) in str(caught.value)
+        if "DATA" in text:
+            assert str(caught.value).startswith(place)
+        assert len(str(caught.value)) < 300
+    assert manager.count() == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"numbers": [2**64 - 1, -(2**63), 0.1, 1.7e308, -0.0, 1e-320, True, None]},
+        {"": {"": []}, "\0": "\0\x1b\u2028", "ä\U0001f600": "\ufffe"},
+        {"deep": words_nested(198)},
+        {"tuple": (1, (2,))},
+    ],
+)
+def test_what_json_can_carry_comes_back_as_it_was(manager, data):
+    pid = manager.start_process(steps(), data)
+    output = manager.get_process_info(pid).output
+    assert json.dumps(output) == json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"x": NaN}', "--data.x is nan: JSON has no such number"),
+        (b'{"x": [1e999]}', "--data.x[0] is inf: JSON has no such number"),
+        (b'{"x": "\\ud800"}', "--data.x has a lone surrogate"),
+        (b'{"x": {"y": 1, "y": 2}}', "the key 'y' stands twice in one object"),
+        (b'{"x": 1%s}' % (b"0" * 30), "--data.x is an integer beyond 64 bits"),
+        (b'{"x": 1%s}' % (b"0" * 9999), "--data"),
+        (b'{"x":' * 300 + b"1" + b"}" * 300, "is nested deeper than 200"),
+        (b"[" * 100_000, "--data is nested deeper than 200"),
+        (b'{"x": 1', "--data is not valid JSON"),
+        (b"", "--data is not valid JSON"),
+        (b'{"x": "\xff"}', "--data is not valid JSON"),
+        (b"[1]", "--data must be a JSON object, not list"),
+        (b"null", "--data must be a JSON object, not NoneType"),
+    ],
+    ids=range(13),
+)
+def test_a_json_text_from_outside_is_read_as_strictly(home, capsys, text, message):
+    (home / "data.json").write_bytes(text)
+    words = ["start", "--db", "a.db", "--step", "a=steps:shout", "--data", "@data.json"]
+    assert procman.main(words) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("procman: ") and err.count("\n") == 1 and len(err) < 300
+    assert out == "" and not (home / "a.db").exists()
+
+
+def test_data_larger_than_the_limit_is_refused_in_bytes_not_characters(
+    manager, capsys, monkeypatch
+):
+    monkeypatch.setattr(procman, "MAX_JSON_BYTES", 1 << 20)
+    size = len('{"x":""}')
+    fits = {"x": "€" * ((1 << 20) // 3 - size)}
+    pid = manager.start_process(steps(), fits)
+    assert manager.get_process_info(pid).output == fits
+    for text in ("€" * ((1 << 20) // 3 + 1), "x" * (1 << 20)):
+        with pytest.raises(procman.BadSpec, match="^data is larger than 1 MiB$"):
+            manager.start_process(steps(), {"x": text})
+    Path("data.json").write_text(json.dumps({"x": "x" * (1 << 20)}))
+    words = ["start", "--db", manager.path, "--data", "@data.json", "--", "true"]
+    assert procman.main(words) == 2
+    assert "larger than 1 MiB" in capsys.readouterr().err
+    assert manager.count() == 1
+
+
+# ===========================================================================
+# 2. Model
+# ===========================================================================
+
+
+def test_the_table_of_transitions_is_total():
+    given = procman.TRANSITIONS
+    sources = {state for froms, _ in given.values() for state in froms}
+    targets = {to for _, to in given.values()}
+    reached = {"queued"} | targets
+    assert sources | targets <= set(procman.STATES)
+    assert set(procman.FINAL_STATES) <= reached
+    assert sources == set(procman.OPEN_STATES), "each open state has a way out"
+    assert not set(procman.OPEN_STATES) & set(procman.FINAL_STATES)
+    by_itself = {s for event in given.keys() - {"cancel"} for s in given[event][0]}
+    assert reached - set(procman.FINAL_STATES) <= by_itself, "... other than cancel"
+    assert set(given["cancel"][0]) == set(procman.OPEN_STATES)
+
+
+def test_the_store_moves_a_process_only_along_the_table(manager):
+    pid = manager.start_process(steps("steps:add_one"))
+    store, columns = manager.store, "definition, queue, priority, due_at, created_at"
+    for event, (sources, target) in procman.TRANSITIONS.items():
+        for state in procman.STATES:
+            with store.transaction() as db:
+                number = db.execute(
+                    f"INSERT INTO process (pid, status, {columns})"
+                    f" SELECT ?, ?, {columns} FROM process WHERE pid = ?",
+                    (f"{event}-{state}", state, pid),
+                ).lastrowid
+                before = db.execute("SELECT count(*) FROM event").fetchone()[0]
+                moved = store.transition(db, event, number, {})
+                after = db.execute("SELECT count(*) FROM event").fetchone()[0]
+                sql = "SELECT status FROM process WHERE id = ?"
+                assert moved == (state in sources), (event, state)
+                now = db.execute(sql, (number,)).fetchone()[0]
+                assert now == (target if moved else state), (event, state)
+                assert after - before == moved
+
+
+MODEL_LONG = "n" * 201
+MODEL_BAD_STEPS = [
+    (5, "steps.a must be a text or a"),
+    (None, "steps.a must be a text or a"),
+    (len, "steps.a must "),
+    ("", "steps.a must be "),
+    ("module", "steps.a must be package.module:name or path/to/file.py:name, not 'mod"),
+    ("module:", "steps.a must be package.module:name"),
+    (":name", "steps.a must be package.module:name"),
+    ("a b:c", "steps.a must be package.module:name"),
+    ("../x:c", "steps.a must be package.module:name"),
+    ("m:n()", "steps.a must be package.module:name"),
+    ("m:n\nm", "steps.a must be "),
+    ({}, "steps.a needs exactly one of class, factory, call, command, shell"),
+    ({"klass": "m:C"}, "steps.a needs exactly one of class"),
+    ({"class": "m:C", "call": "m:f"}, "steps.a needs exactly one of class"),
+    (
+        {"class": "m:C", "argz": []},
+        "steps.a has the unknown key 'argz'; beside class: ",
+    ),
+    ({"call": "m:f", "args": []}, "steps.a has the unknown key 'args'; beside call: "),
+    ({"call": "m:f", 1: []}, "steps.a has the unknown key "),
+    ({"shell": "x", "args": []}, "steps.a has the unknown key 'args'"),
+    ({"call": "m:f", "output": "json"}, "steps.a has the unknown key 'output'"),
+    ({"class": 5}, "steps.a.class must be a text, not int"),
+    ({"class": "C"}, "steps.a.class must be package.module:name"),
+    ({"factory": ["m:f"]}, "steps.a.factory must be a text, not list"),
+    ({"call": "m:"}, "steps.a.call must be package.module:name"),
+    ({"class": "m:C", "args": "abc"}, "steps.a.args must be a list, not str"),
+    ({"class": "m:C", "args": {}}, "steps.a.args must be a list, not dict"),
+    ({"class": "m:C", "kwargs": []}, "steps.a.kwargs must be a JSON object, not list"),
+    ({"class": "m:C", "services": "db"}, "steps.a.services must be a list of texts"),
+    ({"class": "m:C", "services": ["a", 1]}, "steps.a.services[1] must be a text, not"),
+    ({"class": "m:C", "args": [0, {1}]}, "steps.a.args[1] is a set"),
+    ({"command": "ls"}, "steps.a.command must be a list of texts, not str"),
+    ({"command": []}, "steps.a.command is empty: name a program"),
+    ({"command": [""]}, "steps.a.command is empty: name a program"),
+    ({"command": ["ls", 5]}, "steps.a.command[1] must be a text, not int"),
+    ({"command": ["ls", "\0"]}, "steps.a.command[1] has a NUL character"),
+    ({"command": ["ls"], "output": "xml"}, "steps.a.output must be one of text, json"),
+    ({"command": ["ls"], "output": ["json"]}, "steps.a.output must be one of text, "),
+    ({"shell": 5}, "steps.a.shell must be a text, not int"),
+    ({"shell": "a\0b"}, "steps.a.shell has a NUL character"),
+    ({"shell": "x", "cwd": 5}, "steps.a.cwd must be a text, not int"),
+    ({"shell": "x", "env": []}, "steps.a.env must be a JSON object, not list"),
+    ({"shell": "x", "env": {"N": 1}}, "steps.a.env.N must be a text"),
+    ({"shell": "x", "env": {"N": "\0"}}, "steps.a.env.N has a NUL character"),
+    ({"shell": "x", "env": {"A=B": "1"}}, "steps.a.env has 'A=B': not a variable's"),
+    ({"shell": "x", "env": {"": "1"}}, "steps.a.env has ''"),
+    ({"shell": "x", "env": {5: "1"}}, "steps.a.env has "),
+    ({"shell": "x", "interrupt": 1}, "steps.a.interrupt must be true or false"),
+    ({"shell": "x", "timeout": 0}, "steps.a.timeout must be 0.001 to 1e+10"),
+    ({"shell": "x", "timeout": -1}, "steps.a.timeout must be 0.001 to 1e+10"),
+    ({"shell": "x", "timeout": "soon"}, "steps.a.timeout must be seconds or a text"),
+    ({"shell": "x", "timeout": None}, "steps.a.timeout must be seconds or a text"),
+    ({"shell": "x", "timeout": True}, "steps.a.timeout must be seconds or a text"),
+    ({"shell": "x", "timeout": 1e999}, "steps.a.timeout must be 0.001 to 1e+10"),
+    ({"shell": "x", "timeout": 10**400}, "steps.a.timeout must be 0.001 to 1e+10"),
+]
+
+
+@pytest.mark.parametrize(("spec", "text"), MODEL_BAD_STEPS)
+def test_a_bad_step_is_refused_with_its_path_and_changes_nothing(manager, spec, text):
+    good = manager.start_process(steps("steps:add_one"))
+    with pytest.raises(procman.BadSpec) as caught:
+        manager.start_many([steps("m:f"), ManagedProcess({"a": spec})])
+    assert str(caught.value).startswith(text)
+    assert isinstance(caught.value, (TypeError, ValueError))
+    assert [info.pid for info in manager.list_processes()] == [good]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (None, "steps must be a JSON object, not NoneType"),
+        ([("a", "m:f")], "steps must be a JSON object, not list"),
+        ({1: "m:f"}, "the name of a step must be a text, not int"),
+        ({"": "m:f"}, "the name of a step must be 1 to 200 printable characters"),
+        ({"a\n": "m:f"}, "the name of a step must be 1 to 200 printable characters"),
+        ({MODEL_LONG: "m:f"}, "the name of a step must be 1 to 200 printable"),
+        (dict.fromkeys(map(str, range(10_001)), "m:f"), "steps has 10001 steps, more"),
+    ],
+    ids=range(7),
+)
+def test_bad_names_of_steps_are_refused(given, text):
+    with pytest.raises(procman.BadSpec) as caught:
+        ManagedProcess(given)
+    assert str(caught.value).startswith(text)
+    assert len(str(caught.value)) < 300
+
+
+MODEL_BAD_OPTIONS = [
+    ({"retries": 5}, TypeError, "unknown option 'retries'; known: args, at, backoff, "),
+    ({"name": 5}, TypeError, "name must be a text, not int"),
+    ({"name": ""}, ValueError, "name must be 1 to 200 printable characters, not ''"),
+    ({"name": MODEL_LONG}, ValueError, "name must be 1 to 200 printable characters"),
+    ({"name": "a\x1b[31m"}, ValueError, "name must be 1 to 200 printable characters"),
+    ({"queue": "a/b"}, ValueError, "queue may hold letters, digits and "),
+    ({"queue": 1}, TypeError, "queue must be a text, not int"),
+    ({"priority": "1"}, TypeError, "priority must be a whole number, not str"),
+    ({"priority": 1.0}, TypeError, "priority must be a whole number, not float"),
+    ({"priority": 2**63}, ValueError, "priority must be "),
+    ({"retry": "10"}, TypeError, "retry must be a whole number, not str"),
+    ({"retry": True}, TypeError, "retry must be a whole number, not bool"),
+    ({"retry": -2}, ValueError, "retry must be -1 to "),
+    ({"retry": 2**63}, ValueError, "retry must be -1 to "),
+    ({"retry": 10**5000}, ValueError, "retry must be -1 to "),
+    ({"retry_interval": [1]}, TypeError, "retry_interval must be seconds or a text"),
+    ({"retry_interval": -1}, ValueError, "retry_interval must be 0 to 1e+10"),
+    ({"retry_interval": "5x"}, ValueError, "retry_interval must be seconds or a text"),
+    ({"backoff": "2"}, TypeError, "backoff must be a number, not str"),
+    ({"backoff": 0.5}, ValueError, "backoff must be 1 to 1000, not 0.5"),
+    ({"backoff": float("nan")}, ValueError, "backoff must be 1 to 1000, not nan"),
+    ({"timeout": 0}, ValueError, "timeout must be 0.001 to 1e+10"),
+    ({"timeout": False}, TypeError, "timeout must be seconds or a text"),
+    ({"timeout": float("inf")}, ValueError, "timeout must be 0.001 to 1e+10"),
+    ({"delay": "tomorrow"}, ValueError, "delay must be seconds or a text"),
+    ({"delay": -1}, ValueError, "delay must be 0 to 1e+10"),
+    ({"delay": 10**400}, ValueError, "delay must be 0 to 1e+10"),
+    ({"at": "tomorrow"}, ValueError, "at must be epoch seconds, ISO 8601 with a zone"),
+    ({"at": [1]}, TypeError, "at must be a time, not list"),
+    ({"at": 10**400}, ValueError, "at must "),
+    ({"at": 0, "delay": 1}, ValueError, "give one of at and delay, not both"),
+    ({"on_lost": "panic"}, ValueError, "on_lost must be one of retry, ask, error, not"),
+    ({"on_lost": ["ask"]}, ValueError, "on_lost must be one of retry, ask, error, not"),
+    ({"args": [1]}, TypeError, "args must be a JSON object, not list"),
+    ({"args": {"a": [1]}}, TypeError, "args.a must be a text or a number"),
+    ({"args": {"a": b"x"}}, TypeError, "args.a "),
+    ({"args": {"a": float("nan")}}, ValueError, "args.a is nan"),
+    ({"args": {5: "x"}}, TypeError, "a key of args must be a text, not int"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"), MODEL_BAD_OPTIONS, ids=range(len(MODEL_BAD_OPTIONS))
+)
+def test_options_are_strict_and_name_themselves(manager, options, kind, text):
+    for call in (
+        lambda: manager.start_process(steps("steps:add_one", **options)),
+        lambda: ProcessManager(manager.path, defaults=options).start_process(
+            steps("m:f")
+        ),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value).startswith(text)
+        assert isinstance(caught.value, procman.BadSpec)
+    assert manager.count() == 0
+
+
+def test_what_is_no_process_is_refused_and_nothing_of_its_batch_is_queued(manager):
+    good = steps("steps:add_one")
+    for wrong in (
+        {"a": "m:f"},
+        "m:f",
+        None,
+        (good, [1]),
+        (good, {"x": {1}}),
+        (good, "x"),
+    ):
+        with pytest.raises(TypeError):
+            manager.start_many([good, wrong])
+    assert manager.count() == 0 and manager.start_many([]) == []
+
+
+MODEL_GOOD_STEPS = [
+    "m:f",
+    "pkg.mod:Class.method",
+    "größe:übung",
+    "path/to/file.py:name",
+    "/with space/a-b.py:name",
+    "C:\\steps\\a.py:name",
+    {"class": "m:C"},
+    {"class": "m:C", "args": [1, None, {"a": []}], "kwargs": {}, "services": ["db"]},
+    {"class": "m:C", "args": (1, 2)},
+    {"factory": "m:f", "args": [1], "kwargs": {"a": 1}, "services": []},
+    {"call": "m:f", "timeout": "5m", "interrupt": True, "env": {"A": None, "B": ""}},
+    {"command": ["ls", ""], "output": "json", "timeout": 0.5, "interrupt": False},
+    {"command": ("ls",), "output": "text", "cwd": "/tmp"},
+    {"shell": "echo ä | cat\necho", "env": {"A": "ä"}, "cwd": "sub dir"},
+]
+
+
+def test_every_valid_form_of_a_step_is_accepted_and_kept_in_order(manager):
+    names = [f"step {number} ä" for number in range(len(MODEL_GOOD_STEPS))][::-1]
+    pid = manager.start_process(ManagedProcess(dict(zip(names, MODEL_GOOD_STEPS))))
+    info = manager.get_process_info(pid)
+    assert list(info.steps.items()) == [(name, "queued") for name in names]
+    assert info.step == names[0]
+    ManagedProcess(dict.fromkeys(map(str, range(10_000)), "m:f"))
+
+
+def test_every_option_has_a_place_in_the_record_or_in_what_happens(manager, clock):
+    options = {
+        "name": "näme of it",
+        "queue": "q.1_-Q",
+        "priority": -5,
+        "delay": "2h",
+        "timeout": "1.5m",
+        "retry": -1,
+        "retry_interval": "1d",
+        "backoff": 2,
+        "on_lost": "ask",
+        "args": {"number": 1, "text": "x", "flag": True, "none": None},
+        "at": None,
+    }
+    assert options.keys() == procman.OPTIONS.keys()
+    info = manager.get_process_info(manager.start_process(steps("m:f", **options)))
+    assert (info.name, info.queue, info.priority) == ("näme of it", "q.1_-Q", -5)
+    assert (info.due_at, info.timeout, info.retry_left) == (clock.at + 7200, 90, -1)
+    plain = manager.get_process_info(manager.start_process(steps("m:f")))
+    assert (plain.name, plain.queue, plain.priority) == (None, "default", 0)
+    assert (plain.due_at, plain.timeout, plain.retry_left) == (clock.at, None, 0)
+
+
+def test_the_defaults_of_a_manager_give_way_to_the_options_of_a_process(manager, clock):
+    defaults = {"queue": "slow", "retry": 3, "timeout": "1m", "at": 2**32}
+    other = ProcessManager(manager.path, defaults=defaults, now=clock)
+    with contextlib.closing(other):
+        pids = [
+            other.start_process(steps("m:f", **options))
+            for options in (
+                {},
+                {"queue": "fast", "retry": 0, "timeout": 5},
+                {"delay": 9},
+            )
+        ]
+        found = [other.get_process_info(pid) for pid in pids]
+    shown = [(info.queue, info.retry_left, info.timeout, info.due_at) for info in found]
+    assert shown[0] == ("slow", 3, 60, 2**32)
+    assert shown[1] == ("fast", 0, 5, 2**32)
+    assert shown[2] == ("slow", 3, 60, clock.at + 9), "its delay is said, the at is not"
+
+
+def test_a_record_has_the_fields_of_the_contract_in_their_order(manager, clock):
+    clock.at = 1644411494.75
+    pid = manager.start_process(steps("m:f", at=1644411500, timeout=7))
+    record = manager.get_process_info(pid).to_json()
+    assert " ".join(record) == (
+        "pid name status created_at started_at finished_at due_at output error step"
+        " steps progress attempt crashes retry_left queue priority timeout parent"
+        " children series exit_code"
+    )
+    assert record == {
+        **dict.fromkeys(record),
+        "pid": pid,
+        "status": "queued",
+        "created_at": "20220209125814",
+        "due_at": "20220209125820",
+        "step": "a",
+        "steps": {"a": "queued"},
+        "attempt": 1,
+        "crashes": 0,
+        "retry_left": 0,
+        "queue": "default",
+        "priority": 0,
+        "timeout": 7.0,
+    }
+    assert re.fullmatch("[0-9a-f]{32}", pid)
+    done = manager.get_process_info(manager.start_process(steps(), {"x": 1})).to_json()
+    assert (done["status"], done["output"], done["exit_code"]) == (
+        "finished",
+        {"x": 1},
+        0,
+    )
+    assert done["finished_at"] == "20220209125814" and done["steps"] == {}
+
+
+# ===========================================================================
+# 3. Time
+# ===========================================================================
+
+TIME_OF_NOTE = 1644411494.0  # 2022-02-09 12:58:14 UTC
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (TIME_OF_NOTE, TIME_OF_NOTE),
+        (1644411494, TIME_OF_NOTE),
+        ("1644411494", TIME_OF_NOTE),
+        ("1644411494.25", TIME_OF_NOTE + 0.25),
+        ("20220209125814", TIME_OF_NOTE),
+        (" 20220209125814\n", TIME_OF_NOTE),
+        ("2022-02-09T12:58:14Z", TIME_OF_NOTE),
+        ("2022-02-09 12:58:14z", TIME_OF_NOTE),
+        ("2022-02-09T13:58:14+01:00", TIME_OF_NOTE),
+        ("2022-02-09T07:28:14.500-05:30", TIME_OF_NOTE + 0.5),
+        ("2022-02-09T12:58Z", TIME_OF_NOTE - 14),
+        (0, 0.0),
+        ("99991231235959", 253402300799.0),
+    ],
+)
+def test_a_moment_is_read_from_each_of_its_forms(given, expected):
+    assert procman.parse_at(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("2022-02-09T12:58:14", "at has no time zone: "),
+        ("2022-02-09", "at "),
+        ("20220229000000", "at must be epoch seconds, ISO 8601 with a zone or 14 dig"),
+        ("20220209126000", "at must be epoch seconds"),
+        ("2022-02-30T00:00:00Z", "at must be epoch seconds"),
+        ("", "at must be epoch seconds"),
+        ("-1", "at must be epoch seconds"),
+        ("nan", "at must be epoch seconds"),
+        ("9" * 400, "at must "),
+        ("x" * 10_000, "at must be epoch seconds"),
+        (-1, "at must lie between 1970 and 9999, not -1"),
+        (253402300800, "at must lie between 1970 and 9999"),
+        (float("nan"), "at must lie between 1970 and 9999, not nan"),
+        (float("inf"), "at must lie between 1970 and 9999"),
+        (10**400, "at must lie between 1970 and 9999"),
+        (True, "at must be a time, not bool"),
+        ([], "at must be a time, not list"),
+    ],
+    ids=range(17),
+)
+def test_what_is_no_moment_is_refused(given, text):
+    with pytest.raises(procman.BadSpec) as caught:
+        procman.parse_at(given)
+    assert str(caught.value).startswith(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_advice_for_a_moment_without_a_zone_is_one_that_is_taken():
+    for given in ("2022-02-09T12:58:14", "2022-02-09 12:58", "2022-02-09"):
+        with pytest.raises(procman.BadSpec) as caught:
+            procman.parse_at(given)
+        advice = re.search("write (.*) or (.*)", str(caught.value))
+        for form in advice.groups() if advice else ():
+            assert procman.parse_at(form) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (5, 5),
+        (0, 0),
+        (0.25, 0.25),
+        ("5", 5),
+        ("2.5", 2.5),
+        ("90s", 90),
+        ("5m", 300),
+        ("1.5h", 5400),
+        (" 2d ", 172800),
+        ("1w", 604800),
+        ("0s", 0),
+    ],
+)
+def test_a_length_is_read_from_each_of_its_forms(given, expected):
+    found = procman.seconds(given, "delay")
+    assert found == expected and isinstance(found, float)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "m",
+        "5 m",
+        "5M",
+        "5y",
+        "-5m",
+        "1h30m",
+        "nan",
+        "inf",
+        "1e11",
+        "99999999w",
+        "-1",
+    ]
+    + ["5m\n5m", "0x10", "x" * 9999, -0.5, 1e999, float("nan"), 10**11, 10**400]
+    + [None, True, [5], {}, b"5m"],
+    ids=range(25),
+)
+def test_what_is_no_length_is_refused(given):
+    with pytest.raises(procman.BadSpec, match="^delay must be ") as caught:
+        procman.seconds(given, "delay")
+    is_type = not isinstance(given, (str, int, float)) or given is True
+    assert isinstance(caught.value, TypeError) == is_type
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("attempt", "interval", "backoff", "expected"),
+    [
+        (1, 300, 1, 300),
+        (7, 300, 1, 300),
+        (1, 300, 2, 300),
+        (2, 300, 2, 600),
+        (5, 300, 2, 4800),
+        (3, 0.5, 1.5, 1.125),
+        (9999, 0, 2.0, 0),
+        (10, 300, 2, 86400),
+        (10**6, 300, 1000.0, 86400),
+        (1, 7 * 86400, 1, 7 * 86400),
+        (9999, 7 * 86400, 2.0, 7 * 86400),
+    ],
+)
+def test_the_delay_of_a_retry_grows_to_a_day_or_to_what_was_asked_for(
+    attempt, interval, backoff, expected
+):
+    assert procman.retry_delay(attempt, interval, backoff) == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "last", "retry_left", "event"),
+    [
+        ("done", False, 0, "step"),
+        ("done", True, 0, "finish"),
+        ("done", True, 5, "finish"),
+        ("interrupt", False, 0, "interrupt"),
+        ("interrupt", True, 3, "interrupt"),
+        ("error", False, 0, "fail"),
+        ("error", True, 1, "retry"),
+        ("error", True, -1, "retry"),
+        ("timeout", False, 0, "time_out"),
+        ("timeout", False, 2, "retry"),
+        ("timeout", True, -1, "retry"),
+        ("cancelled", True, 2, "cancel"),
+        ("stopped", True, 2, "give_back"),
+    ],
+)
+def test_what_an_ending_causes(ending, last, retry_left, event):
+    assert procman.event_after(ending, last=last, retry_left=retry_left) == event
+
+
+def test_a_process_runs_no_sooner_than_it_is_due(manager, clock):
+    start = clock.at
+    later = manager.start_process(steps("steps:add_one", delay="1h"))
+    moment = manager.start_process(steps("steps:add_one", at=start + 7200))
+    past = manager.start_process(steps("steps:add_one", at=0))
+    assert [
+        manager.get_process_info(pid).due_at - start for pid in (later, moment)
+    ] == [
+        3600,
+        7200,
+    ]
+    assert drain(manager) == 1 and manager.get_process_status(past) == "finished"
+    clock.at = start + 3599.9
+    assert drain(manager) == 0
+    clock.at = start + 3600
+    assert drain(manager) == 1 and manager.get_process_status(later) == "finished"
+    assert manager.get_process_status(moment) == "queued"
+    clock.advance(86400)
+    assert drain(manager) == 1
+    info = manager.get_process_info(moment)
+    assert (info.status, info.attempt) == ("finished", 1)
+    assert info.started_at == info.finished_at == start + 3600 + 86400
+
+
+def test_a_failing_process_is_retried_after_growing_intervals_until_none_is_left(
+    manager, clock, home
+):
+    ledger = home / "ledger"
+    pid = manager.start_process(
+        steps("steps:ledger", "steps:fail", retry=2, retry_interval="5m", backoff=3),
+        {"ledger": str(ledger)},
+    )
+    assert drain(manager) == 1
+    for attempt, interval in ((2, 300), (3, 900)):
+        info = manager.get_process_info(pid)
+        assert (info.status, info.attempt) == ("queued", attempt)
+        assert (info.retry_left, info.due_at) == (3 - attempt, clock.at + interval)
+        assert (info.error["type"], info.error["step"]) == ("ValueError", "b")
+        assert info.steps == {"a": "finished", "b": "queued"} and info.exit_code is None
+        clock.advance(interval - 1)
+        assert drain(manager) == 0
+        clock.advance(1)
+        assert drain(manager) == 1
+    info = manager.get_process_info(pid)
+    assert (info.status, info.attempt, info.retry_left) == ("error", 3, 0)
+    assert info.finished_at == clock.at and info.exit_code == 1
+    assert drain(manager) == 0
+    assert read_ledger(ledger) == [f"{pid}.a.0"], "only the failed step ran again"
+
+
+# ===========================================================================
+# 4. Platform
+# ===========================================================================
+
+PLATFORM_HOLDER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import procman
+print(procman.LockFile(sys.argv[2]).acquire() and os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def platform_python(code, *words):
+    """A Python child that has printed its first line; killed at the end."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(HERE), *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        child.first = child.stdout.readline().strip()
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def platform_main(capsys, *words):
+    """A command in this process: (exit code, standard output, standard error)."""
+    capsys.readouterr()
+    code = procman.main(list(map(str, words)))
+    return Result(code, *capsys.readouterr())
+
+
+def test_a_lock_keeps_others_out_until_its_holder_is_killed(home):
+    path = home / "some.lock"
+    own = procman.LockFile(str(path))
+    with platform_python(PLATFORM_HOLDER, path) as holder:
+        assert holder.first == b"%d" % holder.pid or WINDOWS
+        assert holder.first != b"False"
+        assert not own.acquire() and not procman.LockFile(str(path)).acquire()
+        with platform_python(PLATFORM_HOLDER, path) as second:
+            assert second.first == b"False"
+        holder.kill()
+        holder.wait()
+        eventually(own.acquire)
+    with platform_python(PLATFORM_HOLDER, path) as third:
+        assert third.first == b"False", "what a kill freed can be held again"
+    own.release(remove=True)
+    assert not path.exists()
+
+
+@posix
+def test_a_lock_is_not_inherited_by_what_its_holder_starts(home):
+    own = procman.LockFile(str(home / "some.lock"))
+    assert own.acquire()
+    with platform_python("print(1, flush=True); import sys; sys.stdin.read()"):
+        own.release()
+        assert procman.LockFile(own.path).acquire()
+
+
+PLATFORM_KINDS = {
+    "symlink": "is a symbolic link",
+    "dangling": "is a symbolic link",
+    "hard link": "has a second name (a hard link)",
+    "fifo": "is not a regular file",
+    "directory": "is not a regular file",
+    "writable": "may be written by others (mode 602)",
+    "group writable": "may be written by others (mode 620)",
+    "foreign": "belongs to another user (uid 12345)",
+}
+
+
+def platform_lay(kind, path, target):
+    """Put something that is not to be trusted at `path`."""
+    if kind == "symlink":
+        path.symlink_to(target)
+    elif kind == "dangling":
+        path.symlink_to(path.parent / "nowhere")
+    elif kind == "hard link":
+        os.link(target, path)
+    elif kind == "fifo":
+        os.mkfifo(path, 0o600)
+    elif kind == "directory":
+        path.mkdir(0o700)
+    else:
+        path.write_bytes(b"" if path.suffix else target.read_bytes())
+        path.chmod({"writable": 0o602, "group writable": 0o620}.get(kind, 0o600))
+        if kind == "foreign":
+            if os.geteuid():
+                pytest.skip("only root can give a file to another user")
+            os.chown(path, 12345, -1)
+
+
+def platform_look(home):
+    """All that lies there: names, kinds, owners, links, contents."""
+    found = {}
+    for path in sorted(home.rglob("*")):
+        seen = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(seen.st_mode) else None
+        found[path] = (seen.st_mode, seen.st_uid, seen.st_nlink, seen.st_size, content)
+    return found
+
+
+@posix
+@pytest.mark.parametrize("kind", PLATFORM_KINDS)
+def test_a_database_that_is_not_to_be_trusted_is_refused_untouched(home, capsys, kind):
+    with contextlib.closing(ProcessManager(home / "target")) as manager:
+        pid = manager.start_process(steps("steps:shout"))
+    platform_lay(kind, home / "database", home / "target")
+    before = platform_look(home)
+    for command in (["start", "--", "true"], ["list"], ["cancel", pid], ["runner"]):
+        result = platform_main(
+            capsys, *command[:1], "--db", home / "database", *command[1:]
+        )
+        if command == ["runner"] and result.code == 5:
+            with contextlib.suppress(FileNotFoundError):
+                (home / "database.run").rmdir()
+        assert result == (
+            5,
+            "",
+            f"procman: the database {home}/database {PLATFORM_KINDS[kind]}: refused\n",
+        )
+        assert platform_look(home) == before
+
+
+@posix
+@pytest.mark.parametrize("kind", PLATFORM_KINDS)
+def test_a_lock_that_is_not_to_be_trusted_is_refused_untouched(home, capsys, kind):
+    (home / "target").write_text("content")
+    with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+        pid = manager.start_process(steps("steps:shout"))
+        (home / "a.db.run").mkdir(0o700)
+        platform_lay(kind, home / "a.db.lock", home / "target")
+        lock = (home / "a.db.lock").lstat()
+        result = platform_main(
+            capsys, "runner", "--wait", "--max-jobs", 1, "--db", "a.db"
+        )
+        assert result.code == 5 and result.err.count("\n") == 1
+        assert f"{home}/a.db.lock" in result.err and PLATFORM_KINDS[kind] in result.err
+        assert manager.get_process_status(pid) == "queued"
+    found = (home / "a.db.lock").lstat()
+    assert (found.st_mode, found.st_uid, found.st_size) == (
+        lock.st_mode,
+        lock.st_uid,
+        lock.st_size,
+    )
+    assert (home / "target").read_text() == "content"
+    assert not (home / "nowhere").exists()
+
+
+@posix
+@pytest.mark.parametrize("name", ["", ".run", ".run is a link", "-wal", "-shm"])
+def test_a_runner_refuses_places_that_others_may_write(home, capsys, name):
+    with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+        pid = manager.start_process(steps("steps:shout"))
+    (home / "elsewhere").mkdir(0o700)
+    if name == "":
+        home.chmod(0o777)
+    elif name == ".run":
+        (home / "a.db.run").mkdir(0o700)
+        (home / "a.db.run").chmod(0o770)
+    elif name == ".run is a link":
+        (home / "a.db.run").symlink_to("elsewhere")
+    else:
+        (home / f"a.db{name}").symlink_to("elsewhere")
+    result = platform_main(capsys, "runner", "--db", "a.db")
+    assert result.code == 5 and result.err.count("\n") == 1, result
+    assert "may be written by others" in result.err or "symbolic link" in result.err
+    assert not list((home / "elsewhere").iterdir())
+    if name[:1] != "-":
+        with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+            assert manager.get_process_status(pid) == "queued"
+
+
+@posix
+def test_files_are_private_even_with_an_umask_of_zero(home):
+    before = os.umask(0)
+    try:
+        with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+            manager.start_process(steps("steps:hang"), {"ledger": str(home / "ledger")})
+            with running(manager):
+                eventually(lambda: read_ledger(home / "ledger"))
+                found = {
+                    str(path.relative_to(home)): stat.S_IMODE(path.stat().st_mode)
+                    for path in home.rglob("a.db*")
+                }
+                for path in (home / "a.db.run").iterdir():
+                    if path.is_file():
+                        found[path.suffix] = stat.S_IMODE(path.stat().st_mode)
+    finally:
+        os.umask(before)
+    assert found == {
+        **dict.fromkeys(("a.db", "a.db-wal", "a.db-shm", "a.db.lock"), 0o600),
+        "a.db.run": 0o700,
+        **dict.fromkeys((".lock", ".log"), 0o600),
+    }
+
+
+PLATFORM_FAMILY = """
+import os, subprocess, sys, time
+import procman
+
+GRANDCHILD = '''
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import procman
+procman.LockFile(sys.argv[2]).acquire()
+open(sys.argv[3], "w").close()
+time.sleep(600)
+'''
+
+CHILD = '''
+import subprocess, sys
+own = {} if sys.platform == "win32" else {"start_new_session": True}
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], **own)
+'''
+
+def family(data):
+    here = os.path.dirname(procman.__file__)
+    subprocess.run(
+        [sys.executable, "-c", CHILD, GRANDCHILD, here, "alive.lock", "up"], check=True
+    )
+    time.sleep(600 if data["hangs"] else 0)
+    while not os.path.exists("up"):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("end", ["cancel", "finish"])
+def test_grandchildren_that_left_their_session_die_with_the_process(manager, home, end):
+    (home / "more.py").write_text(PLATFORM_FAMILY)
+    pid = manager.start_process(steps("more:family"), {"hangs": end == "cancel"})
+    alive = procman.LockFile(str(home / "alive.lock"))
+    with running(manager, "--grace", "0.2"):
+        eventually((home / "up").exists)
+        if end == "cancel":
+            assert not alive.acquire(), "it lives"
+            manager.cancel(pid)
+            with pytest.raises(procman.ProcessCancelled):
+                manager.wait(pid, 20)
+        else:
+            assert manager.wait(pid, 20).status == "finished"
+        eventually(alive.acquire, 5)
+    alive.release()
+
+
+PLATFORM_SLEEPER = "print(flush=True); import sys; sys.stdin.read()"
+
+
+@posix
+def test_an_os_pid_used_again_is_not_killed_nor_is_any_bystander(monkeypatch):
+    with contextlib.ExitStack() as stack:
+        stray, innocent = (
+            stack.enter_context(platform_python(PLATFORM_SLEEPER)) for _ in range(2)
+        )
+        kill, hit = os.kill, []
+
+        def guarded(os_pid, number):
+            hit.append(os_pid)
+            if os_pid in (stray.pid, innocent.pid):
+                kill(os_pid, number)
+
+        # A stray kill must fail this test and not end the machine that runs it.
+        monkeypatch.setattr(os, "kill", guarded)
+        monkeypatch.setattr(os, "killpg", guarded)
+        born = procman.start_time(innocent.pid)
+        assert born and born == procman.start_time(innocent.pid)
+        procman.kill_stray(innocent.pid, "another time", "no-such-token")
+        procman.kill_stray(innocent.pid, "", "")
+        stray.kill()
+        stray.wait()
+        assert procman.start_time(stray.pid) == ""
+        procman.kill_stray(stray.pid, born, "no-such-token")
+        procman.kill_stray(stray.pid, "", "")
+        assert set(hit) <= {stray.pid}
+        assert innocent.poll() is None
+        procman.kill_stray(innocent.pid, born, "no-such-token")
+        assert innocent.wait(20) == -signal.SIGKILL
+        assert set(hit) <= {stray.pid, innocent.pid}
+
+
+@pytest.mark.parametrize("boot", ["this", "another"])
+def test_a_dead_runner_is_a_crash_of_what_it_held_and_a_reboot_is_not(manager, boot):
+    store, this = manager.store, boot == "this"
+    pid = manager.start_process(steps("steps:add_one"))
+    number = store.add_runner(
+        "dead", procman.boot_id() if this else "another", ["default"], None
+    )
+    with store.transaction() as db:
+        assert [held.pid for held in store.claim_due(db, number, ["default"], 9)] == [
+            pid
+        ]
+    with platform_python(PLATFORM_SLEEPER) as stray:
+        born = procman.start_time(stray.pid)
+        store.add_worker(number, stray.pid, born, "dead-1")
+        assert drain(manager) == 1
+        info = manager.get_process_info(pid)
+        assert (info.status, info.attempt, info.crashes) == ("finished", 1, int(this))
+        if this and not WINDOWS:
+            assert stray.wait(20) == -signal.SIGKILL
+        else:
+            assert stray.poll() is None, "after a reboot no number means anything"
+    assert store.runners() == []
+
+
+# ===========================================================================
+# 5. Store
+# ===========================================================================
+
+
+def store_filled(path, count=1):
+    """A closed database with some finished processes; their pids."""
+    with contextlib.closing(ProcessManager(path)) as manager:
+        return manager.start_many((steps(), {"x": "x" * 500}) for _ in range(count))
+
+
+def store_damage(path, kind):
+    """Make a file that is no sound database of ours."""
+    if kind == "text":
+        path.write_text("some text\n" * 500)
+    elif kind == "a word":
+        path.write_text("hello")
+    elif kind.startswith("foreign"):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA journal_mode = {'WAL' if 'WAL' in kind else 'DELETE'}")
+            if kind != "foreign without tables":
+                db.execute("CREATE TABLE process (pid TEXT)")
+            db.execute("PRAGMA application_id = 7")
+            db.execute("PRAGMA user_version = 1")
+            db.commit()
+    else:
+        store_filled(path, 300)
+        content = bytearray(path.read_bytes())
+        if kind == "newer schema":
+            content[60:64] = (99).to_bytes(4, "big")
+        elif kind == "no header":
+            content[:16] = b"\0" * 16
+        elif kind == "overwritten":
+            content[4096:] = os.urandom(len(content) - 4096)
+        elif kind == "cut":
+            del content[8192:]
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("text", "is not a procman database"),
+        ("a word", "is not a procman database"),
+        ("foreign", "belongs to another program"),
+        ("foreign WAL", "belongs to another program"),
+        ("foreign without tables", "belongs to another program"),
+        ("newer schema", "has schema 99, newer than this procman"),
+        ("no header", "is not a procman database"),
+        ("overwritten", "is damaged: stop all runners, keep a copy, and salvage"),
+        ("cut", "is damaged: stop all runners, keep a copy, and salvage"),
+    ],
+)
+def test_a_file_that_is_no_sound_database_of_ours_is_refused_untouched(
+    home, capsys, kind, text
+):
+    path = home / "a.db"
+    store_damage(path, kind)
+    before, names = path.read_bytes(), set(os.listdir(home))
+    for words in (["start", "--", "true"], ["list"], ["cancel", "0" * 32], ["runner"]):
+        code, out, err = platform_main(capsys, words[0], "--db", path, *words[1:])
+        assert code == 5 and out == "" and err.count("\n") == 1, (words, out, err)
+        assert err.startswith(f"procman: the database {path} {text}")
+        assert path.read_bytes() == before
+    assert set(os.listdir(home)) - names <= {"a.db.run"}
+
+
+STORE_KILLED = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[2], isolation_level=None)
+db.execute("PRAGMA journal_mode = WAL")
+db.execute("PRAGMA wal_autocheckpoint = 0")
+if sys.argv[3] == "foreign":
+    db.execute("CREATE TABLE a (b)")
+else:
+    db.execute("PRAGMA user_version = 99")
+print(flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["foreign", "newer schema"])
+def test_a_refused_database_keeps_what_its_killed_program_left(home, capsys, kind):
+    path = home / "a.db"
+    if kind != "foreign":
+        store_filled(path)
+    with platform_python(STORE_KILLED, path, kind) as child:
+        child.wait()
+    before = [Path(f"{path}{end}").read_bytes() for end in ("", "-wal")]
+    assert before[1]
+    for words in (["start", "--", "true"], ["list"]):
+        assert platform_main(capsys, words[0], "--db", path, *words[1:]).code == 5
+        assert [Path(f"{path}{end}").read_bytes() for end in ("", "-wal")] == before
+
+
+def test_an_empty_file_is_made_a_database_and_a_missing_one_only_by_start(home, capsys):
+    path = home / "a.db"
+    for words in (["list"], ["status", "0" * 32], ["cancel", "0" * 32]):
+        code, out, err = platform_main(capsys, words[0], "--db", path, *words[1:])
+        assert (code, out) == (3, "") and not path.exists()
+        assert err == f"procman: there is no database {path} yet: `start` makes it\n"
+    path.touch(0o600)
+    code, out, err = platform_main(capsys, "start", "--db", path, "--", "true")
+    assert (code, err) == (0, "")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert db.execute("PRAGMA application_id").fetchone() != (0,)
+        assert db.execute("PRAGMA user_version").fetchone() != (0,)
+    for words in (["list", "--db", path], ["--db", path, "list"]):
+        assert platform_main(capsys, *words).out.count(out.strip()) == 1
+    path = home / "no" / "a.db"
+    code, out, err = platform_main(capsys, "start", "--db", path, "--", "true")
+    assert (code, out) == (5, "") and not path.parent.exists()
+    assert err == f"procman: there is no directory {home / 'no'}: create it first\n"
+
+
+def test_processes_that_make_the_database_at_once_all_get_in(home):
+    children = [spawn("start", "--db", "a.db", "--", "true") for _ in range(4)]
+    found = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0] * 4, found
+    with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+        listed = {info.pid for info in manager.list_processes()}
+        assert listed == {out.decode().strip() for out, _ in found}
+        assert manager.store.trouble() is None
+
+
+@pytest.mark.skipif(WINDOWS, reason="an open file cannot be deleted or replaced there")
+@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+def test_a_deleted_or_replaced_database_is_noticed_before_anything_is_promised(
+    manager, home, fate
+):
+    pid = manager.start_process(steps("steps:Ask", "steps:add_one"))
+    assert drain(manager) == 1
+    own = sqlite3.connect(manager.path, isolation_level=None)
+    own.execute("BEGIN IMMEDIATE")
+    if fate == "replaced":
+        store_filled(home / "other.db")
+        os.replace(home / "other.db", manager.path)
+    else:
+        os.remove(manager.path)
+    for call in (
+        lambda: manager.start_process(steps("steps:add_one"), connection=own),
+        lambda: own.rollback() or manager.start_process(steps("steps:add_one")),
+        lambda: manager.proceed(pid),
+        lambda: manager.cancel(pid),
+    ):
+        with pytest.raises(procman.StorageError, match=f"procman.db was {fate}"):
+            call()
+    own.close()
+    manager.close()
+    again = manager.start_process(steps("steps:add_one"))
+    assert again in [info.pid for info in manager.list_processes()]
+
+
+def test_a_database_locked_by_another_program_is_given_up_after_the_limit(
+    manager, home
+):
+    pid = manager.start_process(steps("steps:add_one"))
+    source = PROCMAN.read_text(encoding="utf-8")
+    short = source.replace("BUSY_SECONDS = 10.0", "BUSY_SECONDS = 0.5")
+    assert short != source
+    (home / "copy.py").write_text(short, encoding="utf-8")
+    with contextlib.closing(
+        sqlite3.connect(manager.path, isolation_level=None)
+    ) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for words in (["start", "--", "true"], ["cancel", pid]):
+            began = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "copy.py", "--db", manager.path, *words],
+                capture_output=True,
+                check=False,
+                timeout=60,
+            )
+            assert 0.5 <= time.monotonic() - began < 8
+            text = f"procman: the database {manager.path} is locked by another program"
+            assert done.returncode == 5 and done.stdout == b""
+            assert done.stderr.decode().startswith(text)
+            assert done.stderr.count(b"\n") == 1
+        assert manager.get_process_status(pid) == "queued", "reading does not wait"
+        other.execute("ROLLBACK")
+    assert manager.count() == 1
+    manager.cancel(pid)
+
+
+def test_a_short_lock_of_another_program_is_waited_out(manager):
+    manager.count()
+    with contextlib.closing(
+        sqlite3.connect(manager.path, isolation_level=None, check_same_thread=False)
+    ) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        released = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+        released.start()
+        try:
+            pid = manager.start_process(steps("steps:add_one"))
+        finally:
+            released.join()
+    assert manager.get_process_status(pid) == "queued"
+
+
+def test_a_full_disk_is_the_error_shown_and_nothing_is_half_written(manager):
+    manager.start_process(steps("steps:Ask"))
+    assert drain(manager) == 1
+    db = manager.store.db
+    db.execute(
+        f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}"
+    )
+    big = {"x": "x" * 500_000}
+    waits = manager.list_processes()[0]
+    for call in (
+        lambda: manager.start_many([steps("m:f"), (steps("m:f"), big), steps("m:f")]),
+        lambda: manager.proceed(waits.pid, big),
+    ):
+        with pytest.raises(procman.StorageError) as caught:
+            call()
+        text = f"the database {manager.path} cannot be written: disk full"
+        assert str(caught.value) == text and caught.value.exit_code == 5
+        assert manager.list_processes() == [waits]
+    db.execute("PRAGMA max_page_count = 100000")
+    pid = manager.start_process(steps(), big)
+    assert manager.get_process_info(pid).output == big
+    assert manager.store.trouble() is None
+
+
+@posix
+def test_a_limit_of_the_system_on_files_stops_a_start_cleanly(manager):
+    import resource
+
+    pid = manager.start_process(steps("steps:add_one"))
+    result = cli(
+        *("start", "--db", manager.path, "--data", "-", "--", "true"),
+        stdin=b'{"x": "%s"}' % (b"x" * 1_000_000),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2),
+    )
+    assert (result.code, result.out, result.err.count("\n")) == (5, "", 1), result
+    assert result.err.startswith(f"procman: the database {manager.path} cannot be ")
+    assert [info.pid for info in manager.list_processes()] == [pid]
+    assert manager.store.trouble() is None
+    manager.start_process(steps("steps:add_one"))
+
+
+def store_without_privilege():
+    """In a child of root on Linux, before exec: modes of files bind it, too."""
+    import ctypes
+
+    if ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        os._exit(99)
+
+
+@pytest.mark.skipif(WINDOWS, reason="Wine, run by root, writes to read-only files")
+def test_a_read_only_database_is_shown_and_not_written(home):
+    store_filled(home / "a.db")
+    root = os.geteuid() == 0
+    if root and not sys.platform.startswith("linux"):
+        pytest.skip("only Linux can take root's privilege to write everywhere away")
+    given = {"preexec_fn": store_without_privilege} if root else {}
+    os.chmod(home / "a.db", 0o400)
+    os.chmod(home, 0o500)
+    try:
+        before = (home / "a.db").read_bytes()
+        started = cli("start", "--db", "a.db", "--", "true", **given)
+        listed = cli("list", "--db", "a.db", **given)
+        ran = cli("runner", "--db", "a.db", **given)
+        assert (home / "a.db").read_bytes() == before
+    finally:
+        os.chmod(home, 0o700)
+        os.chmod(home / "a.db", 0o600)
+    for result in (started, ran):
+        assert (result.code, result.out, result.err.count("\n")) == (5, "", 1), result
+        assert re.search("read-only|cannot be opened|Permission denied", result.err)
+    assert listed.code in (0, 5) and listed.err.count("\n") == (listed.code == 5), (
+        listed
+    )
+    with contextlib.closing(ProcessManager(home / "a.db")) as manager:
+        assert manager.count() == 1
+        manager.start_process(steps())
+
+
+def store_in_fork(call):
+    """What `call` returns or raises in a forked child, as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            word = str(call())
+        except BaseException as error:
+            word = repr(error)
+        os.write(writing, word.encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as file:
+            os.set_blocking(file.fileno(), False)
+            return eventually(file.read, 10).decode()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@posix
+def test_a_forked_child_and_its_parent_both_go_on(manager):
+    before = manager.start_process(steps("steps:add_one"))
+    of_child = store_in_fork(lambda: manager.start_process(steps("steps:add_one")))
+    own = manager.start_process(steps("steps:add_one"))
+    assert [info.pid for info in manager.list_processes()] == [own, of_child, before]
+    other = sqlite3.connect(manager.path, timeout=0)
+    with contextlib.closing(other), manager.store.transaction() as db:
+        store_in_fork(lambda: manager.close() or manager.count())
+        db.execute("UPDATE process SET priority = 5")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+    assert {info.priority for info in manager.list_processes()} == {5}
+    assert manager.store.trouble() is None
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_a_thread_writes_does_not_hang(manager):
+    manager.count()
+    inside, leave = threading.Event(), threading.Event()
+
+    def write():
+        with manager.store.transaction():
+            inside.set()
+            leave.wait(20)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert inside.wait(20)
+        counted = store_in_fork(manager.count)
+    finally:
+        leave.set()
+        writer.join()
+    assert counted == "0"
+
+
+def test_threads_may_share_a_manager(manager):
+    pids, errors = [], []
+
+    def work():
+        try:
+            for _ in range(5):
+                pid = manager.start_process(steps("steps:add_one"))
+                pids.extend(manager.start_many([steps("steps:add_one")] * 3) + [pid])
+                assert manager.get_process_status(pid) == "queued"
+                manager.cancel(pid)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(set(pids)) == 120 == manager.count()
+    assert manager.count(status="cancelled") == 30
+
+
+@pytest.mark.parametrize("status", procman.FINAL_STATES)
+def test_a_final_row_never_changes_even_by_sql(manager, status):
+    pid = manager.start_process(steps("steps:add_one"))
+    with contextlib.closing(sqlite3.connect(manager.path)) as db:
+        sql = "UPDATE process SET status = ?, finished_at = 1 WHERE pid = ?"
+        db.execute(sql, (status, pid))
+        db.commit()
+        before = manager.get_process_info(pid)
+        for change in (
+            "status = 'queued'",
+            "claim = claim + 1",
+            "error = NULL",
+            "id = 9",
+        ):
+            with pytest.raises(sqlite3.IntegrityError, match="final"):
+                db.execute(f"UPDATE process SET {change}")
+    for call in (manager.proceed, *([manager.cancel] if status != "cancelled" else [])):
+        with pytest.raises(procman.WrongState):
+            call(pid)
+    assert drain(manager) == 0
+    assert manager.get_process_info(pid) == before and before.status == status
+
+
+def test_claims_come_by_priority_then_time_then_order_of_submission(manager, clock):
+    given = [(0, 5), (0, 5), (5, 3), (-1, 1), (0, 2), (5, 3), (5, 1), (9, 11), (0, 0)]
+    pids = manager.start_many(
+        steps("m:f", priority=priority, delay=delay, queue="ab"[delay % 2])
+        for priority, delay in given
+    )
+    clock.advance(10)
+    due = [number for number, (_, delay) in enumerate(given) if delay <= 10]
+    wanted = sorted(
+        due, key=lambda number: (-given[number][0], given[number][1], number)
+    )
+    store, runner = manager.store, manager.store.add_runner("one", "", ["a", "b"], None)
+    claimed = []
+    for limit in (1, 4, 99):
+        with store.transaction() as db:
+            claimed += store.claim_due(db, runner, ["a", "b"], limit)
+    assert [pids.index(held.pid) for held in claimed] == wanted
+    assert manager.count(status="running") == 8
+
+
+def test_claims_of_several_connections_never_overlap(manager, clock):
+    pids = manager.start_many([steps("m:f", priority=n % 3) for n in range(200)])
+    claimed, errors = {}, []
+
+    def claim(number):
+        store = procman.Store(manager.path, now=clock)
+        try:
+            runner = store.add_runner(str(number), "", ["default"], None)
+            mine = claimed[number] = []
+            while True:
+                with store.transaction() as db:
+                    found = store.claim_due(db, runner, ["default"], 7)
+                if not found:
+                    return
+                mine.extend(found)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            store.close()
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sorted(held.pid for mine in claimed.values() for held in mine) == sorted(
+        pids
+    )
+    places = {pid: (-(number % 3), number) for number, pid in enumerate(pids)}
+    for mine in claimed.values():
+        order = [places[held.pid] for held in mine]
+        assert order == sorted(order)
+
+
+def test_who_has_lost_its_claim_writes_nothing_any_more(manager):
+    pid = manager.start_process(steps("m:f", "m:f"), {"x": 1})
+    store = manager.store
+    first, second = (store.add_runner(name, "", ["default"], None) for name in "ab")
+    with store.transaction() as db:
+        [lost] = store.claim_due(db, first, ["default"], 1)
+    store.recover(first, charged=True)
+    with store.transaction() as db:
+        [held] = store.claim_due(db, second, ["default"], 1)
+    assert held.claim > lost.claim
+    before = manager.get_process_info(pid)
+    for ending in ("done", "interrupt", "error", "timeout", "stopped", "cancelled"):
+        outcome = procman.Outcome(
+            ending, '{"x":2}', {"type": "E"}, procman.Printed(b"printed")
+        )
+        with store.transaction() as db:
+            assert store.record(db, lost, outcome) == ("lost", None)
+            store.record_progress(db, lost, {"done": 1, "total": 2, "message": None})
+        assert manager.get_process_info(pid) == before
+        assert manager.logs(pid) == ""
+    with store.transaction() as db:
+        event, following = store.record(db, held, procman.Outcome("done", '{"x":3}'))
+    assert (event, following.data, following.step_index) == ("step", '{"x":3}', 1)
+
+
+@pytest.mark.parametrize("ending", ["done", "interrupt", "error", "timeout", "stopped"])
+def test_an_acknowledged_cancel_wins_however_the_running_step_ends(manager, ending):
+    pid = manager.start_process(steps("m:f", retry=5))
+    store = manager.store
+    runner = store.add_runner("one", "", ["default"], None)
+    with store.transaction() as db:
+        [held] = store.claim_due(db, runner, ["default"], 1)
+    assert manager.cancel(pid) == pid and manager.get_process_status(pid) == "running"
+    assert store.cancels_wanted(runner) == {pid}
+    with store.transaction() as db:
+        outcome = procman.Outcome(
+            ending, '{"x":2}', {"type": "E"}, procman.Printed(b"printed")
+        )
+        assert store.record(db, held, outcome) == ("cancel", None)
+    info = manager.get_process_info(pid)
+    assert (info.status, info.output, info.exit_code) == ("cancelled", None, 1)
+    assert info.finished_at == store.now() and manager.logs(pid) == "printed"
+
+
+def test_what_is_acknowledged_is_written_through_to_the_disk(manager):
+    for _ in range(2):
+        manager.start_process(steps("steps:add_one"))
+        assert drain(manager) == 1
+        for call in (lambda: manager.start_process(steps("m:f")), manager.close):
+            with manager.store.transaction() as db:
+                assert db.execute("PRAGMA synchronous").fetchone()[0] == 2, "FULL"
+                assert db.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+            call()
+        manager.cancel(manager.list_processes()[0].pid)
+
+
+def test_a_pid_may_be_cut_to_a_unique_prefix(manager, capsys):
+    pids = manager.start_many([steps("m:f")] * 3)
+    names = ["abcdef" + "0" * 26, "abcdef1" + "0" * 25, "fedcba" + "f" * 26]
+    with manager.store.transaction() as db:
+        for pid, name in zip(pids, names):
+            db.execute("UPDATE process SET pid = ? WHERE pid = ?", (name, pid))
+    for prefix, name in [
+        ("fedcba", names[2]),
+        ("abcdef0", names[0]),
+        ("abcdef1", names[1]),
+        (names[0], names[0]),
+    ]:
+        assert manager.get_process_info(prefix).pid == name
+        assert manager.cancel(prefix) == name
+    for wrong, text in [
+        ("abcdef", "abcdef is the beginning of several pids: write more of it"),
+        ("fedcb", "no process 'fedcb': a pid is 32 hex digits"),
+        ("fedcbb", "no process fedcbb in "),
+        ("FEDCBA", "no process 'FEDCBA'"),
+        ("fedcb_", "no process 'fedcb_'"),
+        ("fedcb%", "no process 'fedcb%'"),
+        ("", "no process ''"),
+        ("0" * 33, "no process '0000"),
+        ("/etc/passwd", "no process '/etc/passwd'"),
+        ("fedcba\n", "no process 'fedcba\\n'"),
+        ("a" * 10_000_000, "no process 'aaa"),
+    ]:
+        with pytest.raises(procman.NotFound) as caught:
+            manager.get_process_status(wrong)
+        assert str(caught.value).startswith(text) and len(str(caught.value)) < 200
+    with pytest.raises(TypeError, match="a pid must be a text, not bytes"):
+        manager.cancel(b"fedcba")
+
+
+def test_lists_and_counts_are_filtered_and_paged(manager):
+    options = [
+        {"name": "n" if n % 2 else None, "queue": "ab"[n // 3]} for n in range(6)
+    ]
+    pids = manager.start_many(steps("m:f", **given) for given in options)
+    done = manager.start_process(steps(name="n"))
+    manager.cancel(pids[5])
+    everything = [done, *reversed(pids)]
+    for given, wanted in [
+        ({}, everything),
+        ({"status": "open"}, pids[4::-1]),
+        ({"status": "queued"}, pids[4::-1]),
+        ({"status": "final"}, [done, pids[5]]),
+        ({"status": "cancelled"}, [pids[5]]),
+        ({"status": "finished"}, [done]),
+        ({"status": "running"}, []),
+        ({"name": "n"}, [done, pids[5], pids[3], pids[1]]),
+        ({"name": "%"}, []),
+        ({"queue": "b"}, pids[:2:-1]),
+        ({"queue": "a", "name": "n", "status": "open"}, [pids[1]]),
+    ]:
+        assert [info.pid for info in manager.list_processes(**given)] == wanted, given
+        assert manager.count(**given) == len(wanted), given
+    for limit, offset in [(2, 0), (2, 2), (3, 5), (0, 0), (50, 99)]:
+        found = manager.list_processes(limit=limit, offset=offset)
+        assert [info.pid for info in found] == everything[offset : offset + limit]
+    for given in ({"limit": -1}, {"offset": -1}, {"limit": "5"}, {"status": "x' OR 1"}):
+        with pytest.raises(procman.BadSpec):
+            manager.list_processes(**given)
+    manager.start_many([steps("m:f")] * 60)
+    assert len(manager.list_processes()) == 50 and manager.count() == 67
+
+
+def store_events(manager):
+    return manager.store.read("SELECT number, process, kind FROM event ORDER BY number")
+
+
+def test_prune_deletes_what_ended_long_ago_and_keeps_what_is_open(manager, clock):
+    old_open = manager.start_process(steps("m:f", delay="9d"))
+    old = manager.start_many([(steps(), {"x": 1})] * 3)
+    ended_late = manager.start_process(steps("m:g"))
+    clock.advance(3600)
+    manager.cancel(ended_late)
+    young = manager.start_process(steps())
+    assert manager.prune("61m") == 0 and manager.prune(3600) == 3
+    left = [young, ended_late, old_open]
+    assert [info.pid for info in manager.list_processes()] == left
+    for pid in old:
+        with pytest.raises(procman.NotFound):
+            manager.get_process_info(pid)
+    rows = manager.store.read("SELECT count(*) FROM data")
+    assert rows[0][0] == 3
+    assert manager.prune(0) == 2 and manager.prune(0) == 0
+    assert [info.pid for info in manager.list_processes()] == [old_open]
+    assert manager.store.read("SELECT count(*) FROM definition")[0][0] == 1
+    clock.advance(9 * 86400)
+    assert manager.prune(0) == 0 and manager.count(status="queued") == 1
+
+
+def test_numbers_of_events_and_their_processes_are_never_used_again(manager):
+    gone = manager.start_process(steps())
+    highest = store_events(manager)[-1]["number"]
+    assert manager.prune(0) == 1
+    pid = manager.start_process(steps("m:f"))
+    with pytest.raises(procman.NotFound):
+        manager.get_process_info(gone)
+    number = manager.store.find(pid)["id"]
+    events = [row for row in store_events(manager) if row["process"] == number]
+    assert [row["kind"] for row in events] == ["start"], "none of the one that is gone"
+    assert events[0]["number"] > highest
+
+
+def test_the_write_ahead_log_stays_bounded_while_a_manager_stays_open(manager):
+    data = {"x": "x" * 100_000}
+    for _ in range(200):
+        manager.start_process(steps(), data)
+        log = os.stat(manager.path + "-wal").st_size
+        assert log < 12 << 20
+    assert manager.count() == 200 and os.stat(manager.path).st_size > 10 << 20
+
+
+@pytest.mark.parametrize("factory", [None, sqlite3.Row, "dict"])
+def test_a_start_joins_the_transaction_of_its_caller(manager, factory):
+    manager.count()
+    with contextlib.closing(sqlite3.connect(manager.path)) as own:
+        own.row_factory = factory
+        if factory == "dict":
+            own.row_factory = lambda cursor, row: {
+                column[0]: value for column, value in zip(cursor.description, row)
+            }
+        own.execute("CREATE TABLE mine (pid TEXT)")
+        for end, count in ((own.rollback, 0), (own.commit, 2)):
+            own.execute("INSERT INTO mine VALUES ('x')")
+            pids = [
+                manager.start_process(process, {"n": 1}, connection=own)
+                for process in (steps("steps:double", "steps:add_one"), steps())
+            ]
+            assert own.in_transaction and manager.count() == 0, "not before the commit"
+            end()
+            assert manager.count() == count
+        with pytest.raises(procman.ProcmanError, match="no open transaction: BEGIN"):
+            manager.start_process(steps("m:f"), connection=own)
+        own.execute("UPDATE mine SET pid = 'y'")
+        with pytest.raises(TypeError, match="^data.x is a set"):
+            manager.start_process(steps("m:f"), {"x": {1}}, connection=own)
+        own.commit()
+    assert manager.count() == 2
+    if factory is None:
+        assert drain(manager) == 1
+        assert manager.get_process_info(pids[0]).output == {"n": 3}
+    assert manager.get_process_info(pids[1]).output == {"n": 1}
+
+
+def test_a_start_does_not_join_a_connection_to_another_database(manager, home):
+    manager.count()
+    store_filled(home / "other.db")
+    for path in (home / "other.db", ":memory:"):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as own:
+            own.execute("BEGIN IMMEDIATE")
+            with pytest.raises(procman.StorageError, match="is not to .*procman.db"):
+                manager.start_process(steps("m:f"), connection=own)
+            own.execute("ROLLBACK")
+    fresh, own = ProcessManager(home / "new.db"), sqlite3.connect(home / "new.db")
+    with contextlib.closing(fresh), contextlib.closing(own):
+        own.execute("CREATE TABLE mine (pid TEXT)")
+        own.execute("INSERT INTO mine VALUES (1)")
+        with pytest.raises(procman.ProcmanError):
+            fresh.start_process(steps("m:f"), connection=own)
+
+
+# ===========================================================================
+# 6. Steps
+# ===========================================================================
+
+# More steps, in more.py: `give` and `do` take Python text, so that tests are tables.
+MORE = '''
+import asyncio, contextlib, ctypes, json, os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from procman import ProcessStep, current
+from steps import mark
+
+LISTEN = """
+import signal, socket, sys
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+server = socket.create_server(("127.0.0.1", 0))
+with open(sys.argv[1], "w") as file:
+    file.write(str(server.getsockname()[1]) + ";")
+while True:
+    server.accept()[0].close()
+"""
+
+
+class Outer:
+    class Inner:
+        @staticmethod
+        def run(data):
+            return {"nested": True}
+
+class Async(ProcessStep):
+    async def execute(self, data):
+        await asyncio.sleep(0)
+        return {"async": True}
+
+class Empty:
+    pass
+
+class Half:
+    execute = "not callable"
+
+class Own(BaseException):
+    pass
+
+class Broken(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+def give(data):
+    return eval(data["give"])
+
+def do(data):
+    mark(data, "do")
+    exec(data["do"], globals(), {"data": data})
+
+def place(data):
+    names = ("MINE", "GONE", "PROCMAN_STEP")
+    return {"cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}
+
+def deep(levels):
+    found = {}
+    for _ in range(levels):
+        found = {"in": found}
+    return found
+
+def forever():
+    return forever()
+
+def listen(path, *more):
+    """Start a program that answers on the port in the file, and wait until it does."""
+    child = subprocess.Popen([sys.executable, "-c", LISTEN, path, *more])
+    await_file(path)
+    return child
+
+def await_file(path):
+    deadline = time.monotonic() + 30
+    while not (os.path.exists(path) and os.path.getsize(path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+def meet(data):
+    """Succeed only beside another that runs at the same time."""
+    mark(data, "in")
+    ledger, deadline = Path(data["ledger"]), time.monotonic() + 30
+    while ledger.read_text().count("in ") % 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(0.05)
+    mark(data, "out")
+
+def hold(data):
+    """Run until the file `go` is there."""
+    mark(data, "hold")
+    await_file(data["go"])
+    return {"held": True}
+
+def stay(data):
+    """Start a program and never end; neither listens to SIGTERM."""
+    if "deaf" in data:
+        signal.signal(signal.SIGTERM, lambda *_: mark(data, "TERM"))
+        listen(data["port"], "deaf")
+    else:
+        listen(data["port"])
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(600)
+'''
+PYTHON = sys.executable
+
+
+@pytest.fixture
+def more(home):
+    """The home directory, with more.py."""
+    (home / "more.py").write_text(MORE, encoding="utf-8")
+    return home
+
+
+@pytest.fixture
+def direct(more, monkeypatch):
+    """A StepExecutor; what it makes this process import is forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    modules = set(sys.modules)
+    yield StepExecutor({"greeting": lambda: "the service"})
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def outcomes(manager, specs, data=None, **options):
+    """Run processes of one step each, in one drain: {name of the step: its record}."""
+    pids = manager.start_many(
+        (ManagedProcess({name: spec}), (data or {}).get(name, {}))
+        for name, spec in specs.items()
+    )
+    drain(manager, **options)
+    return {name: manager.get_process_info(pid) for name, pid in zip(specs, pids)}
+
+
+def run_codes(manager, codes, **options):
+    """The same for texts of Python that a step executes."""
+    data = {code: {"do": code} for code in codes}
+    return outcomes(manager, dict.fromkeys(codes, "more:do"), data, **options)
+
+
+def answers(path):
+    """Whether the program that `listen` started is alive."""
+    import socket
+
+    port = eventually(lambda: path.exists() and path.read_text().partition(";")[0])
+    try:
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+ADD = "import json, sys; d = json.load(sys.stdin); print(json.dumps({'n': d['n'] + 1}))"
+BUILT = {"args": [1, "x"], "kwargs": {"k": [2]}, "services": ["greeting"]}
+GREETED = {"given": ["the service", "1", "x"], "named": {"k": [2]}}
+FORMS = {  # name: (spec, output for {"n": 4})
+    "function": ("steps:double", {"n": 8}),
+    "class": ("steps:Greeter", {"given": [], "named": {}}),
+    "class with all": ({"class": "steps:Greeter", **BUILT}, GREETED),
+    "factory": ({"factory": "steps:make_greeter", **BUILT}, GREETED),
+    "call": ({"call": "steps:double"}, {"n": 8}),
+    "async call": ({"call": "steps:coroutine"}, {"async": True}),
+    "async class": ("more:Async", {"async": True}),
+    "nested name": ("more:Outer.Inner.run", {"nested": True}),
+    "file": ("sub/own.py:Own", {"own": "from beside"}),
+    "file call": ({"call": "./sub/own.py:Own.static"}, {"static": 4}),
+    "None": ("steps:nothing", {"n": 4}),
+    "command text": (
+        {"command": [PYTHON, "-c", "print(input())"]},
+        {"stdout": '{"n":4}\n', "exit_code": 0},
+    ),
+    "command json": ({"command": [PYTHON, "-c", ADD], "output": "json"}, {"n": 5}),
+    "shell": ({"shell": "echo a && echo b"}, {"stdout": "a\nb\n", "exit_code": 0}),
+}
+OWN = """
+import beside
+class Own:
+    def execute(self, data):
+        return {"own": beside.text}
+    @staticmethod
+    def static(data):
+        return {"static": data["n"]}
+"""
+
+
+def own_file(home):
+    (home / "sub").mkdir()
+    (home / "sub" / "own.py").write_text(OWN)
+    (home / "sub" / "beside.py").write_text("text = 'from beside'")
+    return str(home / "sub" / "own.py")
+
+
+def normal(output):
+    """The output of a command, less what Windows makes of a line's end."""
+    if "stdout" in output:
+        lines = output["stdout"].splitlines()
+        output["stdout"] = "".join(line.rstrip() + "\n" for line in lines)
+    return output
+
+
+def test_every_form_of_a_step_works_in_a_worker(manager, more):
+    path = own_file(more)
+    forms = {**FORMS, "path": (path + ":Own", {"own": "from beside"})}
+    specs = {name: spec for name, (spec, _) in forms.items()}
+    data = {name: {"n": 4} for name in specs}
+    infos = outcomes(manager, specs, data, services="steps:services")
+    assert {name: info.error for name, info in infos.items() if info.error} == {}
+    found = {name: normal(info.output) for name, info in infos.items()}
+    assert found == {name: output for name, (_, output) in forms.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_step_works_without_a_queue(direct, more, name):
+    own_file(more)
+    spec, output = FORMS[name]
+    assert normal(direct.execute({"a": spec}, {"n": 4})) == output
+
+
+def test_each_step_gets_the_output_of_the_one_before_and_none_passes_it_on(
+    manager, direct
+):
+    pipeline = {"a": "steps:add_one", "b": "steps:nothing", "c": "steps:double"}
+    pid = manager.start_process(ManagedProcess(pipeline), {"n": 4, "more": 1})
+    assert drain(manager) == 1
+    info = manager.get_process_info(pid)
+    assert (info.status, info.output, info.step) == ("finished", {"n": 10}, None)
+    assert list(info.steps.items()) == [(name, "finished") for name in "abc"]
+    assert direct.execute(pipeline, {"n": 4, "more": 1}) == {"n": 10}
+    assert direct.execute({}, {"kept": 1}) == {"kept": 1}
+
+
+def test_cwd_and_env_hold_for_one_step_of_any_form(manager, more, monkeypatch):
+    monkeypatch.setenv("GONE", "here")
+    (more / "sub").mkdir()
+    code = (
+        "import json, os; print(json.dumps({'cwd': os.getcwd(), **{name:"
+        " os.environ.get(name) for name in ('MINE', 'GONE', 'PROCMAN_STEP')}}))"
+    )
+    common = {"cwd": "sub", "env": {"MINE": "ä", "GONE": None}}
+    infos = outcomes(
+        manager,
+        {
+            "call": {"call": "more:place", **common},
+            "class": {"factory": "more:Outer", **common},
+            "command": {"command": [PYTHON, "-c", code], "output": "json", **common},
+            "after": "more:place",
+            "plain": {"command": [PYTHON, "-c", code], "output": "json"},
+            "nowhere": {"call": "more:place", "cwd": "no such place"},
+        },
+        max_workers=1,
+    )
+    sub = {"cwd": str(more / "sub"), "MINE": "ä", "GONE": None}
+    top = {"cwd": str(more), "MINE": None, "GONE": "here"}
+    assert infos["call"].output == {**sub, "PROCMAN_STEP": None}
+    assert infos["command"].output == {**sub, "PROCMAN_STEP": "command"}
+    assert infos["after"].output == {**top, "PROCMAN_STEP": None}
+    assert infos["plain"].output == {**top, "PROCMAN_STEP": "plain"}
+    assert infos["nowhere"].status == "error"
+    assert "no such place" in infos["nowhere"].error["message"]
+
+
+def test_a_command_is_told_about_its_process(manager, home):
+    code = (
+        "import json, os; print(json.dumps({name: value for name, value in"
+        " os.environ.items() if name.startswith('PROCMAN_')}))"
+    )
+    step = {"command": [PYTHON, "-c", code], "output": "json"}
+    pid = manager.start_process(steps("steps:nothing", step))
+    drain(manager)
+    found = manager.get_process_info(pid).output
+    found.pop("PROCMAN_TREE")
+    assert found == {
+        "PROCMAN_PID": pid,
+        "PROCMAN_STEP": "b",
+        "PROCMAN_ATTEMPT": "1",
+        "PROCMAN_KEY": f"{pid}.b.1",
+        "PROCMAN_DB": manager.path,
+    }
+
+
+def test_any_form_of_a_step_may_interrupt(manager, direct):
+    forms = {
+        "class": "steps:Ask",
+        "call": {"call": "steps:double", "interrupt": True},
+        "command": {"shell": "echo x", "interrupt": True},
+        "none": {"call": "steps:nothing", "interrupt": True},
+        "not": {"call": "steps:double", "interrupt": False},
+    }
+    infos = outcomes(manager, forms, {name: {"n": 1} for name in forms})
+    assert {name: info.status for name, info in infos.items()} == {
+        **dict.fromkeys(forms, "interrupted"),
+        "not": "finished",
+    }
+    assert infos["class"].output == {"n": 1, "question": "go on?"}
+    assert (infos["call"].output, infos["none"].output) == ({"n": 2}, {"n": 1})
+    both = {"a": forms["call"], "b": "steps:fail"}
+    assert direct.execute(both, {"n": 1}) == {"n": 2}
+    assert direct.execute_until(both, {"n": 1}) == ({"n": 2}, True)
+    assert direct.execute_until({"a": "steps:double"}, {"n": 1}) == ({"n": 2}, False)
+
+
+MISSING = {  # spec: what its error says, {home} filled in
+    "nosuchmodule:name": ["ModuleNotFoundError", "'nosuchmodule'", "{home}"],
+    "nosuchpackage.inner:name": ["ModuleNotFoundError", "nosuchpackage", "{home}"],
+    "steps:NoSuch": ["AttributeError", "'NoSuch'", "'steps'", "steps.py"],
+    "more:Outer.Gone": ["AttributeError", "Outer.Gone", "more.py"],
+    "gone/file.py:name": ["ModuleNotFoundError", "no file", "{home}", "file.py"],
+    "imports:name": ["ModuleNotFoundError", "nosuchneighbour"],
+    "broken:name": ["SyntaxError", "broken.py"],
+}
+
+
+def test_missing_code_is_an_error_that_says_where_it_was_looked_for(manager, more):
+    (more / "imports.py").write_text("import nosuchneighbour\n")
+    (more / "broken.py").write_text("def (:\n")
+    specs = {name: name for name in MISSING}
+    specs["service"] = {"class": "steps:Greeter", "services": ["nosuch"]}
+    infos = outcomes(manager, specs, services="steps:services")
+    for name, words in MISSING.items():
+        error = infos[name].error
+        said = f"{error['type']} {error['message']}"
+        for word in words:
+            assert word.format(home=more) in said, name
+        assert (infos[name].status, error["step"]) == ("error", name)
+    assert "imports.py" in infos["imports:name"].error["traceback"]
+    said = infos["service"].error["message"]
+    assert "'nosuch'" in said and "greeting" in said
+
+
+def test_what_has_no_execute_is_an_error_that_names_the_step(manager, direct):
+    specs = {
+        "instance": "more:Empty",
+        "dict": "steps:services",
+        "class": {"class": "more:Empty"},
+        "attribute": {"class": "more:Half"},
+        "factory": {"factory": "steps:service"},
+        "call": {"call": "steps:services"},
+    }
+    for name, info in outcomes(manager, specs).items():
+        assert (info.status, info.error["step"]) == ("error", name)
+        assert "has no execute" in info.error["message"], name
+        with pytest.raises(Exception, match="has no execute") as caught:
+            direct.execute({"fine": "steps:nothing", name: specs[name]})
+        assert name in str(caught.value)
+
+
+BAD_RESULTS = {
+    "[1]": "must be a JSON object, not list",
+    "'text'": "must be a JSON object, not str",
+    "False": "must be a JSON object, not bool",
+    "{'a': [float('nan')]}": r"\.a\[0\] is nan",
+    "{'a': float('-inf')}": r"\.a is -inf",
+    "{'a': '\\ud800'}": r"\.a has a lone surrogate",
+    "{'\\udfff': 1}": "lone surrogate",
+    "{'a': {1, 2}}": r"\.a is a set",
+    "{'a': b'x'}": r"\.a is a bytes",
+    "{1: 2}": "has the key 1",
+    "{'a': 2 ** 200}": r"\.a is an integer beyond 64 bits",
+    "deep(100_000)": "nested deeper than 200",
+    "{'a': current}": r"\.a is a function",
+}
+
+
+def test_a_result_that_json_cannot_carry_is_an_error_of_its_step(manager, direct):
+    data = {text: {"give": text} for text in BAD_RESULTS}
+    data["itself"] = {"give": "(lambda found: found.update(a=found) or found)({})"}
+    data["good"] = {"give": "{'a': (1, 2.5, None, True, 'ä😀', 2 ** 63)}"}
+    infos = outcomes(manager, dict.fromkeys(data, "more:give"), data)
+    for name, words in {**BAD_RESULTS, "itself": "nested deeper than 200"}.items():
+        info = infos[name]
+        assert (info.status, info.error["step"], info.output) == ("error", name, None)
+        assert re.search(words, info.error["message"]), name
+        with pytest.raises(ValueError, match=words):
+            direct.execute({name: "more:give"}, data[name])
+    assert infos["good"].output == {"a": [1, 2.5, None, True, "ä😀", 2**63]}
+
+
+RAISED = {  # code of a step: (type, part of the message)
+    "raise ValueError('no luck')": ("ValueError", "no luck"),
+    "sys.exit()": ("SystemExit", "sys.exit"),
+    "sys.exit(0)": ("SystemExit", "sys.exit(0)"),
+    "sys.exit('text')": ("SystemExit", "text"),
+    "raise KeyboardInterrupt": ("KeyboardInterrupt", ""),
+    "raise Own('mine')": ("Own", "mine"),
+    "raise Broken": ("Broken", "cannot be shown"),
+    "forever()": ("RecursionError", "recursion"),
+    "raise MemoryError": ("MemoryError", ""),
+    "bytearray(1 << 62)": ("MemoryError", ""),
+    "raise ValueError('\\ud800')": ("ValueError", r"\ud800"),
+    "raise ValueError('x' * 10**6)": ("ValueError", "cut ..."),
+    "raise StopIteration": ("StopIteration", ""),
+    "raise GeneratorExit": ("GeneratorExit", ""),
+    "raise asyncio.CancelledError": ("CancelledError", ""),
+}
+
+
+def test_whatever_a_step_raises_is_its_error_and_its_worker_goes_on(manager, more):
+    codes = [*RAISED, "print(os.getpid())"]
+    infos = run_codes(manager, codes, max_workers=1)
+    for code, (kind, words) in RAISED.items():
+        error = infos[code].error
+        assert infos[code].status == "error"
+        assert (error["step"], error["type"]) == (code, kind)
+        assert words in error["message"], code
+        assert error["exit_code"] is error["signal"] is None
+        assert len(error["message"]) < 5000 and len(error["traceback"]) < 20000
+        assert kind in error["traceback"]
+    assert "more.py" in infos["raise ValueError('no luck')"].error["traceback"]
+    assert infos["print(os.getpid())"].status == "finished"
+
+
+def test_a_step_that_ends_its_worker_is_an_error_and_runs_once(manager, more):
+    ends = {
+        "os._exit(0)": "exit code 0",
+        "os._exit(3)": "exit code 3",
+        "os.abort()": "" if WINDOWS else "SIGABRT",
+        "ctypes.string_at(0)": "" if WINDOWS else "SIGSEGV",
+    }
+    if not WINDOWS:
+        ends["os.kill(os.getpid(), signal.SIGKILL)"] = "SIGKILL"
+    data = {code: {"do": code, "ledger": str(more / "ledger")} for code in ends}
+    data["'fine'"] = {"do": "'fine'"}
+    infos = outcomes(manager, dict.fromkeys(data, "more:do"), data)
+    for code, words in ends.items():
+        error = infos[code].error
+        if code == "ctypes.string_at(0)" and error["type"] == "OSError":
+            continue  # Windows lets Python catch it
+        assert (infos[code].status, error["type"]) == ("error", "WorkerDied"), code
+        assert words in error["message"] and error["step"] == code
+        assert error["signal"] == (words if words.startswith("SIG") else None)
+    assert (
+        infos["os._exit(3)"].error["exit_code"] == infos["os._exit(3)"].exit_code == 3
+    )
+    assert infos["os._exit(0)"].exit_code == 1
+    assert infos["'fine'"].status == "finished"
+    assert read_ledger(more / "ledger") == ["do"] * len(ends)
+
+
+def python(code, **more):
+    return {"command": [PYTHON, "-c", code], **more}
+
+
+BAD_COMMANDS = {  # name: (spec, type, words, exit code, signal)
+    "missing": (
+        {"command": ["./nosuchprogram", "x"]},
+        ("FileNotFoundError", "nosuchprogram", None, None),
+    ),
+    "exit": (
+        python("import sys; sys.exit('x' * 10**5 + ' the end of it')"),
+        ("CommandFailed", "exit code 1: ", 1, None),
+    ),
+    "code": (
+        python("import sys; print('out'); sys.exit(77)"),
+        ("CommandFailed", "exit code 77", 77, None),
+    ),
+    "shell": ({"shell": "exit 3"}, ("CommandFailed", "exit code 3", 3, None)),
+    "no json": (
+        python("print('hi')", output="json"),
+        ("BadSpec", "not valid JSON", 0, 0),
+    ),
+    "nothing": (python("", output="json"), ("BadSpec", "not valid JSON", 0, 0)),
+    "NaN": (python("print('{\"a\": NaN}')", output="json"), ("BadSpec", "nan", 0, 0)),
+    "list": (python("print([1])", output="json"), ("BadType", "a JSON object", 0, 0)),
+    "deep": (python("print('[' * 10**5)", output="json"), ("BadSpec", "deeper", 0, 0)),
+    "latin": (
+        python('import os; os.write(1, b\'{"a": "\\xff"}\')', output="json"),
+        ("BadSpec", "not valid JSON", 0, 0),
+    ),
+}
+if not WINDOWS:
+    BAD_COMMANDS["killed"] = (
+        {"shell": "kill -KILL $$"},
+        ("CommandFailed", "SIGKILL", None, "SIGKILL"),
+    )
+    BAD_COMMANDS["forbidden"] = (
+        {"command": ["./steps.py"]},
+        ("PermissionError", "steps.py", None, None),
+    )
+
+
+def test_a_command_that_fails_is_an_error_that_says_how(manager, home):
+    infos = outcomes(manager, {name: spec for name, (spec, _) in BAD_COMMANDS.items()})
+    for name, (_, (kind, words, code, number)) in BAD_COMMANDS.items():
+        info, error = infos[name], infos[name].error
+        assert (info.status, error["type"], error["step"]) == ("error", kind, name)
+        assert words in error["message"]
+        assert (error["exit_code"], error["signal"]) == (code or None, number or None)
+        assert info.exit_code == (code or 1)
+    assert infos["exit"].error["message"].endswith("the end of it")
+    assert len(infos["exit"].error["message"]) < 5000
+    assert str(home) in infos["missing"].error["message"]
+
+
+def test_a_command_need_not_read_its_input(manager, home):
+    step = python("print('done')")
+    pid = manager.start_process(steps(step), {"text": "x" * 10_000_000})
+    assert drain(manager) == 1
+    assert normal(manager.get_process_info(pid).output)["stdout"] == "done\n"
+
+
+def test_a_command_reads_all_of_a_long_input(manager, home):
+    read = "json.load(sys.stdin.buffer)['text']"
+    code = f"import json, sys; print(json.dumps({{'n': len({read})}}))"
+    step = python(code, output="json")
+    pid = manager.start_process(steps(step), {"text": "ä" * 3_000_000})
+    drain(manager)
+    assert manager.get_process_info(pid).output == {"n": 3_000_000}
+
+
+def test_of_a_command_that_prints_much_the_beginning_and_the_end_are_kept(
+    manager, home
+):
+    line, lines = b"0123456789abcde\n", 1_500_000
+    code = f"import os; [os.write(1, {line!r} * 1000) for _ in range({lines // 1000})]"
+    step = python(
+        "import os; os.write(1, b'first '); " + code + "; os.write(1, b' last')"
+    )
+    pid = manager.start_process(steps(step))
+    drain(manager)
+    total = len(line) * lines + len(b"first  last")
+    for kept in (
+        manager.get_process_info(pid).output["stdout"],
+        manager.logs(pid),
+    ):
+        assert kept.startswith("first 0123") and kept.endswith("abcde\n last")
+        head, cut, tail = re.split(r"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
+        assert len(head) >= 1 << 16 and 1 << 20 <= len(tail) <= 2 << 20
+        assert len(head) + int(cut) + len(tail) == total
+
+
+def test_what_a_command_prints_is_text_whatever_its_bytes(manager, home):
+    printed = b"caf\xc3\xa9 \xff \x00 \x1b[31m"
+    step = python(f"import os; os.write(1, {printed!r}); os.write(2, b'err')")
+    pid = manager.start_process(steps(step))
+    drain(manager)
+    found = manager.get_process_info(pid).output["stdout"]
+    assert found == printed.decode("utf-8", "replace")
+    raw = manager.logs(pid, raw=True)
+    assert raw in (printed + b"err", b"err" + printed)
+
+
+def test_a_command_is_over_though_its_child_holds_its_pipes(manager, more):
+    code = (
+        "import subprocess, sys; sys.path[:0] = [sys.argv[2]]; import more;"
+        " print('done', flush=True); more.listen(sys.argv[1])"
+    )
+    port = more / "port"
+    path = os.pathsep.join([str(HERE), str(more)])
+    command = [PYTHON, "-c", code, str(port), str(more)]
+    began = time.monotonic()
+    pid = manager.start_process(
+        steps({"command": command, "env": {"PYTHONPATH": path}}, "steps:nothing")
+    )
+    drain(manager)
+    info = manager.get_process_info(pid)
+    assert info.status == "finished", info.error
+    assert normal(info.output)["stdout"] == "done\n"
+    assert time.monotonic() - began < 15
+    eventually(lambda: not answers(port))
+
+
+def test_a_step_without_a_queue_raises_its_exception_as_it_is(direct, more):
+    with pytest.raises(ValueError, match="^no luck$") as caught:
+        direct.execute({"a": "steps:fail"})
+    assert type(caught.value) is ValueError
+    for code, kind in {
+        "sys.exit(3)": SystemExit,
+        "raise KeyboardInterrupt": None,
+    }.items():
+        with pytest.raises(kind or KeyboardInterrupt):
+            direct.execute({"a": "more:do"}, {"do": code})
+    with pytest.raises(procman.BadSpec, match=r"steps\.b\.nosuch|unknown key 'nosuch'"):
+        direct.execute(
+            {"a": "more:do", "b": {"call": "more:do", "nosuch": 1}},
+            {"do": "open('ran', 'w')"},
+        )
+    assert not (more / "ran").exists()
+
+
+def test_steps_without_a_queue_leave_this_process_as_it_was(direct, more, monkeypatch):
+    built = []
+    executor = StepExecutor({"list": lambda: built.append(1) or built})
+    data = {"do": "os.chdir('..'); os.environ['LEFT'] = '1'; sys.argv.append('left')"}
+    given, before = dict(data), (os.getcwd(), dict(os.environ), list(sys.argv))
+    use = {"class": "steps:Greeter", "services": ["list"]}
+    assert executor.execute({"a": "more:do", "b": use, "c": use}, data) == {
+        "given": ["[1]"],
+        "named": {},
+    }
+    with pytest.raises(ValueError):
+        executor.execute({"a": "more:do"}, {"do": data["do"] + "; raise ValueError"})
+    assert (os.getcwd(), dict(os.environ), sys.argv) == before
+    assert data == given and built == [1]
+
+
+def test_current_is_for_code_inside_a_step(direct):
+    found = "{'s': current().step, 'a': current().attempt, 'k': current().key}"
+    given = direct.execute(
+        {"one": "steps:nothing", "two": "more:give"}, {"give": found}
+    )
+    assert (given["s"], given["a"]) == ("two", 1)
+    assert re.fullmatch(r"[0-9a-f]{32}\.two\.1", given["k"])
+    with pytest.raises(procman.ProcmanError, match="inside a step"):
+        procman.current()
+
+
+# ===========================================================================
+# 7. Worker
+# ===========================================================================
+
+
+@contextlib.contextmanager
+def thread_runner(manager, **options):
+    """A waiting Runner in a thread of this process, for the time of the block."""
+    given = {"wait": True, "max_workers": 1, "grace": 2, **options}
+    runner, ended = Runner(manager, **given), []
+
+    def body():
+        try:
+            ended.append(runner.run())
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    try:
+        yield runner, ended
+    finally:
+        runner.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+NOISE = """
+print("print", flush=True)
+print("err", file=sys.stderr)
+os.write(1, b"write 1\\n")
+os.write(2, b"write 2\\n")
+sys.__stdout__.write("no newline at the end of this ")
+subprocess.run([sys.executable, "-c", "print('child'); import os; os.write(2, b'ce')"])
+subprocess.run("echo shell", shell=True)
+print(json.dumps({"id": 1, "ending": "done", "took": 0}) + "\\t{}")
+os.write(1, b"\\xff\\x00{\\"retire\\": 1}\\n")
+print("\\ud800 \\u20ac")
+data["read"] = sys.stdin.read() if sys.stdin else ""
+sys.stdout = sys.stderr = None
+"""
+
+
+def test_what_a_step_prints_is_kept_and_never_touches_its_result(manager, more):
+    code = NOISE + "data['fine'] = True"
+    pid = manager.start_process(steps("more:do", "steps:shout"), {"do": code})
+    other = manager.start_process(steps("more:give"), {"give": "{'quiet': 1}"})
+    assert drain(manager, max_workers=1) == 2
+    info = manager.get_process_info(pid)
+    assert (info.status, info.output) == ("finished", {"do": code})
+    raw = manager.logs(pid, raw=True).replace(b"\r\n", b"\n")
+    for words in (
+        *(b"print\n", b"err\n", b"write 1\n", b"write 2\n", b"no newline at the end"),
+        *(
+            b"child\n",
+            b"ce",
+            b"shell\n",
+            b'"ending": "done"',
+            b'\xff\x00{"retire": 1}\n',
+        ),
+        *("\\ud800 €\n".encode(), b"out b\n", b"err b\n"),
+    ):
+        assert words in raw, words
+    assert raw.index(b"print") < raw.index(b"write 1") < raw.index(b"out b")
+    assert manager.logs(other) == ""
+
+
+def test_output_is_visible_while_the_step_runs(manager, more):
+    code = (
+        "print('early', end=''); sys.stdout.flush(); await_file('go'); print(' late')"
+    )
+    with thread_runner(manager):
+        pid = manager.start_process(steps("more:do"), {"do": code})
+        eventually(lambda: manager.logs(pid) == "early")
+        assert manager.get_process_status(pid) == "running"
+        (more / "go").write_text("go")
+        manager.wait(pid, 30)
+    assert manager.logs(pid).splitlines() == ["early late"]
+
+
+def test_what_several_workers_print_for_one_process_is_shown_once(manager, more):
+    code = "print('before', current().step); await_file(current().step); print('after')"
+    with thread_runner(manager, max_workers=3):
+        others = []
+        for name in ("other 1", "other 2"):  # each on a worker of its own
+            others.append(
+                manager.start_process(ManagedProcess({name: "more:do"}), {"do": code})
+            )
+            eventually(lambda: manager.logs(others[-1]))
+        pid = manager.start_process(steps(*["more:do"] * 3), {"do": code})
+        shown = [""]
+
+        def all_shown():
+            return manager.logs(pid).replace("\r", "") == shown[0]
+
+        for step, other in (("a", "other 2"), ("b", "other 1"), ("c", None)):
+            shown[0] += f"before {step}\n"
+            eventually(all_shown, 5)
+            assert manager.get_process_info(pid).step == step
+            if other:  # its worker takes the next step
+                (more / other).write_text("go")
+                manager.wait(others.pop(), 30)
+            (more / step).write_text("go")
+            shown[0] += "after\n"
+        manager.wait(pid, 30)
+    assert all_shown()
+
+
+LINE = "0123456789abcde\n"
+
+
+@pytest.mark.parametrize("lines", [100_000, 800_000])
+def test_the_beginning_and_the_end_of_long_output_are_kept(manager, home, lines):
+    code = f"[os.write(1, {LINE.encode()!r} * 1000) for _ in range({lines // 1000})]"
+    (home / "print_much.py").write_text(f"import os\ndef much(data):\n    {code}\n")
+    pid = manager.start_process(
+        steps("steps:shout", "print_much:much", "steps:shout", "print_much:much")
+    )
+    drain(manager)
+    kept = manager.logs(pid, raw=True)
+    assert manager.get_process_status(pid) == "finished"
+    shouted = os.linesep.join(["out a", "err a", ""]).encode()
+    assert kept.startswith(shouted + LINE.encode())
+    assert kept.endswith(LINE.encode())
+    head, cut, tail = re.split(rb"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
+    assert len(head) == 64 << 10 and len(tail) == 1 << 20
+    printed = 2 * (lines * len(LINE) + len(shouted))
+    assert len(head) + int(cut) + len(tail) == printed
+
+
+def test_the_file_of_a_step_that_never_stops_printing_stays_small(manager, more):
+    code = (
+        "while not os.path.exists('go'): os.write(1, b'x' * 65536); time.sleep(0.001)"
+    )
+    with thread_runner(manager):
+        pid = manager.start_process(steps("more:do"), {"do": code})
+        total = 0
+        run = more / "procman.db.run"
+
+        def trimmed():
+            nonlocal total
+            sizes = [file.stat().st_size for file in run.glob("*.log")]
+            total, before = max([total, *sizes]), total
+            return any(size < before / 2 for size in sizes)
+
+        eventually(trimmed)
+        (more / "go").write_text("go")
+        manager.wait(pid, 30)
+    kept = manager.logs(pid, raw=True)
+    assert b" bytes cut " in kept and len(kept) < 1.2 * (1 << 20)
+
+
+def test_a_step_leaves_nothing_behind_for_the_next(manager, more):
+    spoil = (
+        "os.mkdir('deep'); os.chdir('deep'); os.environ['LEFT'] = '1';"
+        " os.environ.pop('PATH'); sys.argv[:] = ['x'];"
+        " sys.stdout = open(os.devnull, 'w')"
+    )
+    look = (
+        "{'pid': os.getpid(), 'cwd': os.getcwd(), 'left': os.environ.get('LEFT'),"
+        " 'path': 'PATH' in os.environ, 'argv': sys.argv[1:]}"
+    )
+    args = {"first": 1, "second": "two words"}
+    data = [
+        {"do": spoil, "give": look},
+        {"do": spoil + "; raise ValueError", "give": look},
+    ]
+    pids = [
+        manager.start_process(steps("more:give"), data[0]),
+        manager.start_process(steps("more:do", "more:give", args=args), data[0]),
+        manager.start_process(steps("more:do"), {"do": "os.rmdir('deep')"}),
+        manager.start_process(steps("more:do"), data[1]),
+        manager.start_process(steps("more:give"), data[0]),
+    ]
+    drain(manager, max_workers=1, script_args=["--all", "x y"])
+    found = [manager.get_process_info(pid).output for pid in pids]
+    common = {"pid": found[0]["pid"], "cwd": str(more), "left": None, "path": True}
+    assert found[0] == {**common, "argv": ["--all", "x y"]}
+    words = ["--first", "1", "--second", "two words", "--all", "x y"]
+    assert found[1] == {**common, "argv": words}
+    assert found[4] == found[0]
+    assert manager.get_process_status(pids[3]) == "error"
+
+
+def test_a_worker_whose_imported_file_has_changed_is_replaced(manager, home):
+    (home / "teller.py").write_text(
+        "import os, helper_b\n"
+        "def tell(data):\n    return {'v': helper_b.v, 'p': os.getpid()}\n"
+    )
+    (home / "helper_b.py").write_text("v = 1\n")
+    with thread_runner(manager):
+
+        def tell():
+            pid = manager.start_process(steps("teller:tell"))
+            return manager.wait(pid, 30).output
+
+        first, again = tell(), tell()
+        assert first == again and first["v"] == 1
+        (home / "helper_b.py").write_text("v = 2  # another\n")
+        second = eventually(lambda: [found for found in [tell()] if found["v"] == 2])[0]
+        assert second["p"] != first["p"]
+        (home / "steps.py").write_text("broken(")  # not imported: nobody minds
+        assert tell() == second
+
+
+def test_modules_of_the_same_name_in_two_directories_do_not_mix(
+    manager, home, monkeypatch
+):
+    pids = []
+    for name in ("one", "two", "one"):
+        (home / name).mkdir(exist_ok=True)
+        (home / name / "same.py").write_text(f"def tell(data): return {{'{name}': 1}}")
+        monkeypatch.chdir(home / name)
+        pids += manager.start_many([steps("same:tell"), steps("./same.py:tell")])
+    drain(manager, max_workers=1)
+    names = [list(manager.get_process_info(pid).output or "") for pid in pids]
+    assert names == [["one"], ["one"], ["two"], ["two"], ["one"], ["one"]]
+
+
+def test_modules_come_from_where_start_was_called_whatever_cwd_says(manager, home):
+    (home / "sub").mkdir()
+    (home / "sub" / "steps.py").write_text("def nothing(data): return {'wrong': 1}")
+    (home / "sub" / "base64.py").write_text("raise ValueError('not me')")
+    (home / "uses.py").write_text("def use(data):\n    import base64")
+    infos = outcomes(
+        manager,
+        {
+            "a": {"call": "steps:nothing", "cwd": "sub"},
+            "b": {"call": "uses:use", "cwd": "sub"},
+        },
+    )
+    assert [info.output for info in infos.values()] == [{}, {}]
+
+
+@pytest.mark.skipif(WINDOWS, reason="close() waits there for another thread's read()")
+def test_a_step_that_closes_descriptors_harms_no_other(manager, more):
+    codes = ["os.closerange(0, 256)", "os.closerange(3, 256)", "print('fine')"]
+    infos = run_codes(manager, codes, max_workers=1)
+    for code in codes[:2]:
+        assert infos[code].error["type"] == "WorkerDied"
+        assert "descriptors" in infos[code].error["message"]
+    assert manager.logs(infos["print('fine')"].pid).splitlines() == ["fine"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["sys.stdout.close()", "sys.__stderr__.detach()", "os.close(0)", "os.close(1)"],
+)
+def test_a_step_that_closes_its_streams_harms_no_other(manager, more, code):
+    codes = [code, "print('fine', file=sys.stderr); print('too')"]
+    infos = run_codes(manager, codes, max_workers=1)
+    assert infos[codes[1]].status == "finished", infos[codes[1]].error
+    assert sorted(manager.logs(infos[codes[1]].pid).splitlines()) == ["fine", "too"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "listen('port')",
+        "listen('port', 'deaf')",
+        pytest.param(
+            "subprocess.run("
+            "[sys.executable, '-c', 'import more; more.listen(\"port\")'],"
+            " env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})",
+            id="orphan",
+        ),
+        pytest.param(
+            "subprocess.Popen([sys.executable, '-c', LISTEN, 'port'], close_fds=True,"
+            " start_new_session=True, env={}); await_file('port')",
+            id="session",
+        ),
+    ],
+)
+def test_what_a_step_leaves_running_is_gone_soon_after_it(manager, more, code):
+    pid = manager.start_process(steps("more:do"), {"do": code})
+    with thread_runner(manager):
+        assert manager.wait(pid, 30).status == "finished", manager.get_process_info(pid)
+        if not WINDOWS:  # Wine does not tell a worker what its job holds
+            eventually(lambda: not answers(more / "port"), 5)
+    eventually(lambda: not answers(more / "port"), 5)
+
+
+def test_a_worker_serves_so_many_processes_and_is_replaced(manager, more):
+    tell = {"give": "{**data, 'seen': [*data.get('seen', ()), os.getpid()]}"}
+    pids = manager.start_many([(steps("more:give", "more:give"), tell)] * 5)
+    assert drain(manager, max_workers=1, jobs_per_worker=2) == 5
+    seen = [manager.get_process_info(pid).output["seen"] for pid in pids]
+    served = [worker for pair in seen for worker in set(pair)]
+    counts = sorted(served.count(worker) for worker in set(served))
+    assert max(counts) <= 2 and len(counts) >= 3
+
+
+def test_services_are_built_once_a_worker(manager, home):
+    (home / "own_services.py").write_text(
+        "import os\n"
+        "def build():\n"
+        "    open('built', 'a').write(f'{os.getpid()} ')\n"
+        "    return 'built'\n"
+        "registry = {'used': build, 'unused': lambda: 1 / 0, 'ready': 7}\n"
+    )
+    spec = {"class": "steps:Greeter", "services": ["used", "ready"]}
+    pids = manager.start_many([steps(spec, spec)] * 3)
+    assert drain(manager, max_workers=1, services="own_services:registry") == 3
+    for pid in pids:
+        assert manager.get_process_info(pid).output["given"] == ["built", "7"]
+    assert len((home / "built").read_text().split()) == 1
+    pid = manager.start_process(steps(spec))
+    drain(manager, services="own_services:nosuch")
+    assert "'nosuch'" in manager.get_process_info(pid).error["message"]
+
+
+def test_a_step_knows_what_it_is_and_can_say_how_far(manager, clock, more):
+    tell = (
+        "print('told', current().step, current().attempt, current().key, current().pid,"
+        " current().index, current().cancelled); current().log('logged', 1);"
+        " current().progress(1, 4, 'one'); await_file('go'); current().progress(4, 4);"
+        " 1 / (current().attempt - 1)"
+    )
+    process = steps("steps:nothing", "more:do", retry=1, retry_interval=5)
+    with thread_runner(manager):
+        pid = manager.start_process(process, {"do": tell})
+        found = eventually(lambda: manager.get_process_info(pid).progress)
+        assert found == {"done": 1, "total": 4, "message": "one"}
+        (more / "go").write_text("go")
+        eventually(lambda: manager.get_process_info(pid).attempt == 2)
+        clock.advance(6)
+        manager.ring()
+        info = manager.wait(pid, 30)
+    assert info.progress == {"done": 4, "total": 4, "message": None}
+    told = [line for line in manager.logs(pid).splitlines() if line[:4] == "told"]
+    assert told == [f"told b {n} {pid}.b.1 {pid} 1 False" for n in (1, 2)]
+    assert re.search(
+        r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d logged 1\r?$", manager.logs(pid)
+    )
+
+
+@pytest.mark.parametrize(
+    "given", ["-1", "2, 1", "'1'", "1, None, 'a\\x1b'", "float('nan')"]
+)
+def test_progress_that_makes_no_sense_is_refused(direct, given):
+    with pytest.raises(ValueError):
+        direct.execute({"a": "more:do"}, {"do": f"current().progress({given})"})
+
+
+# ===========================================================================
+# 8. Manager
+# ===========================================================================
+
+BAD_DATA = {  # Python text: the type of the error, the place in it
+    "[1]": (TypeError, "data"),
+    "'text'": (TypeError, "data"),
+    "{'at': [__import__('datetime').datetime.now()]}": (TypeError, "data.at[0]"),
+    "{'a': {'b': b'x'}}": (TypeError, "data.a.b"),
+    "{'a': {1}}": (TypeError, "data.a"),
+    "{'a': object()}": (TypeError, "data.a"),
+    "{'a': {3: 4}}": (TypeError, "data.a"),
+    "{None: 4}": (TypeError, "data"),
+    "{'a': float('nan')}": (ValueError, "data.a"),
+    "{'a': [0, float('inf')]}": (ValueError, "data.a[1]"),
+    "{'a': '\\ud800'}": (ValueError, "data.a"),
+    "{'a': 2 ** 64}": (ValueError, "data.a"),
+    "{'a': 'x' * (65 << 20)}": (ValueError, "larger than 64 MiB"),
+}
+
+
+@pytest.mark.parametrize("text", BAD_DATA)
+def test_data_that_json_cannot_carry_is_refused_and_nothing_is_queued(manager, text):
+    kind, place = BAD_DATA[text]
+    data = eval(text)
+    for call in (
+        lambda: manager.start_process(steps("steps:nothing"), data),
+        lambda: manager.start_many([steps(), (steps("steps:nothing"), data)]),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert place in str(caught.value)
+    assert manager.count() == 0
+
+
+def test_many_are_started_in_order_all_or_none(manager):
+    given = [steps("steps:double"), (steps("steps:double"), {"n": 2}), steps()]
+    pids = manager.start_many(iter(given))
+    assert len(set(pids)) == 3 and all(
+        re.fullmatch("[0-9a-f]{32}", pid) for pid in pids
+    )
+    assert [info.pid for info in manager.list_processes()] == pids[::-1]
+    assert [manager.get_process_status(pid) for pid in pids] == [
+        *("queued", "queued", "finished")
+    ]
+
+    def breaks():
+        yield steps()
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        manager.start_many(breaks())
+    for wrong in ({"a": "steps:double"}, None, "steps:double"):
+        with pytest.raises(TypeError, match="ManagedProcess"):
+            manager.start_many([steps(), wrong])
+    assert manager.start_many([]) == []
+    assert manager.count() == 3
+
+
+def test_a_process_can_start_with_a_transaction_of_the_caller(manager, home):
+    manager.count()
+    with contextlib.closing(sqlite3.connect(manager.path, isolation_level=None)) as own:
+        with pytest.raises(procman.ProcmanError, match="BEGIN"):
+            manager.start_process(steps(), connection=own)
+        own.execute("BEGIN IMMEDIATE")
+        lost = manager.start_process(steps("steps:nothing"), connection=own)
+        own.execute("ROLLBACK")
+        own.execute("BEGIN IMMEDIATE")
+        pid = manager.start_process(steps("steps:nothing"), {"n": 1}, connection=own)
+        assert manager.count() == 0
+        own.execute("COMMIT")
+    with contextlib.closing(sqlite3.connect(home / "other.db")) as other:
+        other.execute("BEGIN")
+        with pytest.raises(procman.StorageError, match="not to"):
+            manager.start_process(steps(), connection=other)
+    with pytest.raises(procman.NotFound):
+        manager.get_process_info(lost)
+    assert drain(manager) == 1
+    assert manager.get_process_info(pid).output == {"n": 1}
+
+
+def test_defaults_hold_for_processes_that_do_not_say_otherwise(home, clock):
+    given = {"queue": "mail", "retry": 2, "priority": 5, "timeout": "1m", "delay": 60}
+    path = home / "procman.db"
+    with contextlib.closing(ProcessManager(path, defaults=given, now=clock)) as manager:
+        one = manager.get_process_info(manager.start_process(steps("steps:nothing")))
+        own = {"queue": "own", "retry": 0, "priority": 0, "timeout": None, "delay": 0}
+        pid = manager.start_process(steps("steps:nothing", **own))
+        two = manager.get_process_info(pid)
+    assert (one.queue, one.retry_left, one.priority, one.timeout) == ("mail", 2, 5, 60)
+    assert (two.queue, two.retry_left, two.priority) == ("own", 0, 0)
+    assert (one.due_at, two.due_at) == (clock.at + 60, clock.at)
+    for wrong, kind in {
+        "nosuch": TypeError,
+        "retry": TypeError,
+        "queue": ValueError,
+    }.items():
+        with pytest.raises(kind, match=wrong):
+            ProcessManager(path, defaults={wrong: "a b"})
+
+
+def test_proceed_merges_over_what_waits_and_any_runner_continues(manager):
+    data = {"kept": 1, "new": {"old": 1}, "n": 1}
+    pid = manager.start_process(steps("steps:Ask", "steps:add_one"), data)
+    drain(manager)
+    waiting = manager.get_process_info(pid)
+    assert (waiting.status, waiting.step) == ("interrupted", "b")
+    assert waiting.steps == {"a": "interrupted", "b": "queued"}
+    for wrong in ([1], "text", 3, {"a": {1}}, {"a": float("nan")}):
+        with pytest.raises(ValueError):
+            manager.proceed(pid, wrong)
+    assert manager.get_process_info(pid) == waiting
+    assert manager.proceed(pid[:8], {"new": {"more": 2}, "n": 5}) == pid
+    assert manager.get_process_status(pid) == "queued"
+    assert drain(manager) == 1
+    info = manager.get_process_info(pid)
+    expected = {"kept": 1, "new": {"more": 2}, "n": 6, "question": "go on?"}
+    assert (info.status, info.output, info.attempt) == ("finished", expected, 1)
+
+
+def test_proceed_goes_to_the_front_or_finishes_at_once(manager, clock):
+    last, first, second = manager.start_many(
+        [steps("steps:Ask"), *[steps("steps:Ask", "steps:nothing")] * 2]
+    )
+    drain(manager)
+    clock.advance(-50)
+    queued = manager.start_many([steps("steps:nothing")] * 3)
+    clock.advance(100)
+    manager.proceed(last, {"n": 1})
+    info = manager.get_process_info(last)
+    assert (info.status, info.output) == ("finished", {"question": "go on?", "n": 1})
+    assert info.finished_at == clock.at and info.exit_code == 0
+    manager.proceed(first)
+    manager.proceed(second)
+    assert drain(manager, max_jobs=2, max_workers=1) == 2
+    states = [manager.get_process_status(pid) for pid in (first, second, *queued)]
+    assert states == ["finished"] * 2 + ["queued"] * 3
+
+
+def test_of_simultaneous_proceeds_one_wins(manager, clock):
+    pids = manager.start_many([steps("steps:Ask", "steps:nothing")] * 8)
+    drain(manager)
+    won, barrier = [], threading.Barrier(3)
+
+    def proceed(number):
+        own = ProcessManager(manager.path, now=clock)
+        with contextlib.closing(own):
+            for pid in pids:
+                barrier.wait(20)
+                try:
+                    own.proceed(pid, {"won": number})
+                    won.append((pid, number))
+                except procman.WrongState as error:
+                    assert f"cannot proceed process {pid}: it is" in str(error)
+
+    threads = [threading.Thread(target=proceed, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(pid for pid, _ in won) == sorted(pids)
+    drain(manager)
+    for pid, number in won:
+        assert manager.get_process_info(pid).output["won"] == number
+
+
+def test_each_verb_is_refused_where_it_makes_no_sense(manager, more):
+    queued = manager.start_process(steps("steps:nothing", delay=60))
+    finished, failed = manager.start_many([steps(), steps("steps:fail")])
+    waiting = manager.start_process(steps("steps:Ask", "steps:nothing"))
+    cancelled = manager.start_process(steps("steps:nothing", delay=60))
+    assert manager.cancel(cancelled[:8]) == cancelled
+    drain(manager)
+    for pid in (queued, finished, failed, cancelled):
+        with pytest.raises(procman.WrongState, match=f"cannot proceed process {pid}"):
+            manager.proceed(pid)
+    for pid in (finished, failed):
+        before = manager.get_process_info(pid)
+        with pytest.raises(procman.WrongState, match=f"cannot cancel process {pid}"):
+            manager.cancel(pid)
+        assert manager.get_process_info(pid) == before
+    for pid in (queued, waiting, cancelled):
+        assert manager.cancel(pid) == manager.cancel(pid) == pid
+        info = manager.get_process_info(pid)
+        assert info.status == "cancelled" and info.finished_at
+    assert drain(manager) == 0
+
+
+def test_cancel_ends_what_runs_with_its_tree(manager, more):
+    go, ledger = str(more / "go"), str(more / "ledger")
+    with thread_runner(manager, max_workers=2, grace=0.3):
+        deaf = manager.start_process(
+            steps("more:stay", "steps:nothing", retry=3),
+            {"port": str(more / "port"), "deaf": 1, "ledger": ledger},
+        )
+        held = manager.start_process(steps("more:hold"), {"go": go, "ledger": ledger})
+        assert answers(more / "port")
+        eventually(lambda: "hold" in read_ledger(more / "ledger"))
+        with pytest.raises(procman.WrongState, match="it is running"):
+            manager.proceed(held)
+        for pid in (deaf, held, held):
+            assert manager.cancel(pid) == pid
+        for pid in (deaf, held):
+            with pytest.raises(procman.ProcessCancelled) as caught:
+                manager.wait(pid, 30)
+            assert caught.value.info.status == "cancelled"
+        assert not answers(more / "port")
+    info = manager.get_process_info(deaf)
+    assert info.steps == {"a": "cancelled", "b": "queued"}
+    assert (info.output, info.exit_code) == (None, 1)
+    if not WINDOWS:
+        assert "TERM" in read_ledger(more / "ledger")
+
+
+def test_a_cancel_holds_against_the_end_of_the_last_step(manager, more):
+    data = {"go": str(more / "go"), "ledger": str(more / "ledger")}
+    ends = "await_file('go'); mark(data, 'over')"
+    pid = manager.start_process(steps("more:do"), {**data, "do": ends})
+    with running(manager):
+        eventually(lambda: read_ledger(more / "ledger") == ["do"])
+        with manager.store.transaction() as db:  # the result has to wait for this
+            (more / "go").write_text("go")
+            eventually(lambda: "over" in read_ledger(more / "ledger"))
+            manager.store.cancel(db, pid)
+        with pytest.raises(procman.ProcessCancelled):
+            manager.wait(pid, 30)
+
+
+def test_wait_gives_the_record_or_raises_how_it_ended(manager):
+    fine, failed, waiting, cancelled, still = manager.start_many(
+        [
+            (steps("steps:double"), {"n": 1}),
+            steps("steps:fail"),
+            steps("steps:Ask"),
+            steps("steps:nothing"),
+            steps("steps:nothing", delay=60),
+        ]
+    )
+    manager.cancel(cancelled)
+    with thread_runner(manager):
+        assert manager.wait(fine, 30).output == {"n": 2}
+        with pytest.raises(procman.ProcessFailed, match="no luck") as caught:
+            manager.wait(failed[:10], timeout=30)
+        assert caught.value.info == manager.get_process_info(failed)
+        assert manager.wait(waiting, 30).status == "interrupted"
+    with pytest.raises(procman.ProcessCancelled):
+        manager.wait(cancelled)
+    for length in (0, 0.02):
+        with pytest.raises(TimeoutError, match=f"{still}: queued") as timed_out:
+            manager.wait(still, length)
+    assert isinstance(timed_out.value, procman.WaitTimeout)
+    settled = [fine, failed, waiting, cancelled]
+    infos = manager.wait_all(reversed(settled), 1)
+    assert [info.pid for info in infos] == settled[::-1]
+    assert [info.pid for info in manager.wait_any([still, fine], 1)] == [fine]
+    for wait in (manager.wait_all, manager.wait_any):
+        with pytest.raises(procman.WaitTimeout):
+            wait([still], 0.02)
+    with pytest.raises(ValueError):
+        manager.wait(still, -1)
+
+
+def test_a_wait_ends_when_another_program_settles_the_process(manager, clock):
+    pid = manager.start_process(steps("steps:nothing", delay=60))
+    other = threading.Thread(target=lambda: cli("cancel", pid, "--db", manager.path))
+    other.start()
+    with pytest.raises(procman.ProcessCancelled):
+        manager.wait(pid, 30)
+    other.join()
+
+
+def test_logs_are_text_or_the_bytes_themselves(manager, more):
+    code = r"os.write(1, b'a\xff\xc3\xa9\x00\n')"
+    pid = manager.start_process(steps("more:do"), {"do": code})
+    assert (manager.logs(pid), manager.logs(pid, raw=True)) == ("", b"")
+    drain(manager)
+    assert manager.logs(pid[:9], raw=True) == b"a\xff\xc3\xa9\x00\n"
+    assert manager.logs(pid) == "a\\xff\xe9\x00\n"
+
+
+NO_PIDS = [
+    "0" * 32,
+    "abcdef",
+    "abc",
+    "",
+    "A" * 32,
+    "../../etc/passwd",
+    "%",
+    "' OR 1 --",
+]
+
+
+def test_an_unknown_pid_is_not_found_by_any_verb(manager):
+    manager.start_process(steps("steps:nothing"))
+    verbs = [
+        *(manager.get_process_info, manager.get_process_status, manager.proceed),
+        *(manager.cancel, manager.wait, manager.logs),
+        lambda pid: manager.wait_all([pid], 1),
+        lambda pid: manager.wait_any([pid], 1),
+    ]
+    for verb in verbs:
+        for pid in [*NO_PIDS, "a" * 10_000_000, "é" * 32, "0" * 31 + "\n"]:
+            with pytest.raises(procman.NotFound) as caught:
+                verb(pid)
+            assert len(str(caught.value)) < 300
+        for pid in (None, 3, b"0" * 32, ["0" * 32]):
+            with pytest.raises(TypeError):
+                verb(pid)
+    assert manager.count(status="queued") == 1
+
+
+# ===========================================================================
+# 9. Runner
+# ===========================================================================
+
+
+def statuses(manager, pids):
+    return [manager.get_process_status(pid) for pid in pids]
+
+
+def test_a_drain_runs_what_is_due_and_returns_how_many_that_were(manager, clock):
+    assert drain(manager) == 0
+    pids = manager.start_many(
+        [
+            *[steps("steps:nothing", "steps:nothing")] * 40,
+            *(steps("steps:fail"), steps("steps:Ask"), steps()),
+            steps("steps:nothing", delay=60),
+        ]
+    )
+    assert drain(manager) == 42
+    assert statuses(manager, pids[40:]) == [
+        "error",
+        "interrupted",
+        "finished",
+        "queued",
+    ]
+    assert set(statuses(manager, pids[:40])) == {"finished"}
+    assert drain(manager) == 0
+    clock.advance(60)
+    assert drain(manager) == 1
+
+
+def test_a_failed_step_is_tried_again_from_its_input_after_ever_longer(
+    manager, clock, more
+):
+    fail = "1 / (current().attempt == 4)"
+    process = steps("steps:add_one", "more:do", retry=4, retry_interval=100, backoff=3)
+    pid = manager.start_process(process, {"do": fail})
+    for attempt, interval in enumerate((100, 300, 900), 1):
+        assert drain(manager) == 1
+        info = manager.get_process_info(pid)
+        assert (info.status, info.attempt) == ("queued", attempt + 1)
+        assert info.retry_left == 4 - attempt
+        assert info.due_at == pytest.approx(clock.at + interval)
+        assert (info.error["type"], info.error["step"]) == ("ZeroDivisionError", "b")
+        assert info.steps == {"a": "finished", "b": "queued"}
+        clock.advance(interval - 1)
+        assert drain(manager) == 0
+        clock.advance(1)
+    drain(manager)
+    info = manager.get_process_info(pid)
+    assert (info.status, info.attempt, info.error) == ("finished", 4, None)
+    assert info.output == {"do": fail, "n": 1}
+
+
+def test_after_the_last_retry_the_failure_is_final(manager, clock, home):
+    process = steps("steps:ledger", "steps:fail", retry=1, retry_interval=0)
+    pid = manager.start_process(process, {"ledger": str(home / "ledger")})
+    assert drain(manager) == 2
+    info = manager.get_process_info(pid)
+    assert (info.status, info.attempt, info.retry_left) == ("error", 2, 0)
+    assert info.steps == {"a": "finished", "b": "error"}
+    assert (info.finished_at, info.exit_code) == (clock.at, 1)
+    assert read_ledger(home / "ledger") == [f"{pid}.a.0"]
+
+
+def test_a_timeout_ends_the_step_with_its_whole_tree(manager, more):
+    data = {"port": str(more / "port"), "ledger": str(more / "ledger")}
+    long = 6 if WINDOWS else 2  # enough to start two interpreters
+    stay = {"call": "more:stay", "timeout": long}
+    sleeper = python("import time; time.sleep(600)", timeout="0.3s")
+    nap = {"call": "steps:nap"}
+    one, two, three, four, fine = manager.start_many(
+        [
+            (steps(stay), {**data, "deaf": 1}),
+            steps("steps:nothing", sleeper, "steps:nothing"),
+            (steps(nap, nap, nap, timeout=1.5), {"seconds": 1}),
+            (steps(sleeper, retry=1, retry_interval=60), {}),
+            (steps(nap, nap, {**nap, "timeout": 5}, timeout=60), {"seconds": 0.01}),
+        ]
+    )
+    assert drain(manager, max_workers=5, grace=0.2) == 5
+    assert not answers(more / "port")
+    if not WINDOWS:
+        assert "TERM" in read_ledger(more / "ledger")
+    for pid, step, words in (
+        (one, "a", f"step 'a' ran longer than {long} s"),
+        (two, "b", "step 'b' ran longer than 0.3 s"),
+        (three, None, "the process ran longer than 1.5 s"),
+    ):
+        info = manager.get_process_info(pid)
+        assert (info.status, info.exit_code) == ("timeout", 1)
+        # A slow machine may be in the first step still.
+        assert (info.error["step"], info.error["type"]) == (
+            step or info.step,
+            "Timeout",
+        )
+        assert info.error["message"] == words
+        assert info.steps[step or info.step] == "timeout"
+    info = manager.get_process_info(four)
+    assert (info.status, info.attempt, info.error["type"]) == ("queued", 2, "Timeout")
+    assert manager.get_process_status(fine) == "finished"
+
+
+def test_a_runner_serves_its_queues_only(manager):
+    queues = ["default", "mail", "films", "mail"]
+    pids = [manager.start_process(steps("steps:nothing", queue=q)) for q in queues]
+    assert drain(manager) == 1
+    assert statuses(manager, pids) == ["finished", *["queued"] * 3]
+    assert drain(manager, queues=["films", "mail"]) == 3
+    assert statuses(manager, pids) == ["finished"] * 4
+
+
+def test_as_many_run_at_once_as_there_are_workers_and_no_more(manager, more):
+    ledger = more / "ledger"
+    pids = manager.start_many([(steps("more:meet"), {"ledger": str(ledger)})] * 6)
+    assert drain(manager, max_workers=2) == 6
+    assert set(statuses(manager, pids)) == {"finished"}
+    at_once = [0]
+    for word in read_ledger(ledger):
+        at_once.append(at_once[-1] + {"in": 1, "out": -1}[word])
+    assert max(at_once) == 2
+
+
+def test_max_jobs_ends_a_runner_that_waits_and_one_that_does_not(manager):
+    for wait in (False, True):
+        pids = manager.start_many([steps("steps:nothing", "steps:nothing")] * 3)
+        assert drain(manager, max_jobs=2, wait=wait) == 2
+        assert statuses(manager, pids) == ["finished", "finished", "queued"]
+        assert drain(manager, max_jobs=2, wait=False) == 1
+
+
+def test_higher_priorities_go_first_then_what_was_due_first(manager, clock, home):
+    data = {"ledger": str(home / "ledger")}
+    given = [0, 5, -1, 5, 0]
+    pids = [
+        manager.start_process(steps("steps:ledger", priority=priority), data)
+        for priority in given
+    ]
+    pids.append(manager.start_process(steps("steps:ledger", at=clock.at - 9), data))
+    drain(manager, max_workers=1)
+    order = [pids[index] for index in (1, 3, 5, 0, 4, 2)]
+    assert read_ledger(home / "ledger") == [f"{pid}.a.0" for pid in order]
+
+
+def test_a_waiting_runner_takes_what_comes_at_once_and_what_is_due_in_time(home):
+    manager = ProcessManager(home / "procman.db")
+    with contextlib.closing(manager), running(manager, "--max-workers", "2"):
+        manager.wait(manager.start_process(steps("steps:nothing")), 30)
+        delays = [0.25, 0.5, 0.75, 1.0]
+        late = [
+            manager.start_process(steps("steps:nothing", delay=delay))
+            for delay in delays
+        ]
+        began = time.monotonic()
+        for _ in range(8):
+            manager.wait(manager.start_process(steps("steps:nothing")), 30)
+        assert time.monotonic() - began < 3  # by its own looks it would be 8
+        for info in manager.wait_all(late, 30):
+            assert info.started_at >= info.due_at
+            assert info.started_at - info.due_at < 0.6
+
+
+def test_a_long_step_does_not_hold_back_what_was_claimed_with_it(manager, more):
+    data = {"go": str(more / "go"), "ledger": str(more / "ledger")}
+    with thread_runner(manager, max_workers=2):
+        manager.wait_all(manager.start_many([steps("steps:nothing")] * 300), 30)
+        long, *quick = manager.start_many(
+            [(steps("more:hold"), data), *[steps("steps:nothing")] * 60]
+        )
+        manager.wait_all(quick, 30)
+        assert manager.get_process_status(long) == "running"
+        other, *quick = manager.start_many(
+            [(steps("more:hold"), data), *[steps("steps:nothing")] * 60]
+        )
+        eventually(lambda: manager.get_process_status(other) == "running")
+        eventually(lambda: set(statuses(manager, quick)) == {"queued"}, 2)
+        assert {manager.get_process_info(pid).attempt for pid in quick} == {1}
+        (more / "go").write_text("go")
+        manager.wait_all([long, other, *quick], 30)
+    assert set(statuses(manager, [long, other, *quick])) == {"finished"}
+
+
+def test_a_stopped_runner_gives_back_at_the_same_step_and_charges_nothing(
+    manager, more
+):
+    data = {"go": str(more / "go"), "ledger": str(more / "ledger")}
+    process = steps("steps:ledger", "more:hold", "steps:ledger", retry=1)
+    pids = manager.start_many([(process, data)] * 3)
+    with thread_runner(manager, max_workers=2) as (runner, ended):
+        eventually(lambda: read_ledger(more / "ledger").count("hold") == 2)
+        runner.stop()
+        eventually(lambda: ended)
+    assert ended == [0]
+    infos = [manager.get_process_info(pid) for pid in pids]
+    assert [(info.status, info.step) for info in infos].count(("queued", "b")) >= 2
+    for info in infos:
+        assert (info.attempt, info.crashes, info.error) == (1, 0, None)
+        assert info.status == "queued" and info.retry_left == 1
+    (more / "go").write_text("go")
+    assert drain(manager) == 3
+    assert set(statuses(manager, pids)) == {"finished"}
+    written = read_ledger(more / "ledger")
+    assert [written.count(f"{pid}.a.0") for pid in pids] == [1, 1, 1]
+
+
+def test_a_runner_that_is_stopped_before_it_begins_runs_nothing(manager):
+    pid = manager.start_process(steps("steps:nothing"))
+    for wait in (False, True):
+        runner = Runner(manager, wait=wait)
+        runner.stop()
+        assert runner.run() == 0
+    assert manager.get_process_status(pid) == "queued"
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_stops_a_runner_gracefully_and_a_second_at_once(manager, more, number):
+    ledger = more / "ledger"
+    data = {"port": str(more / "port"), "deaf": 1, "ledger": str(ledger)}
+    pid = manager.start_process(steps("steps:nothing", "more:stay"), data)
+    with running(manager, "--grace", "60") as child:
+        assert answers(more / "port")
+        child.send_signal(getattr(signal, number))
+        eventually(lambda: "TERM" in read_ledger(ledger))
+        assert child.poll() is None and manager.get_process_status(pid) == "running"
+        child.send_signal(getattr(signal, number))
+        assert child.wait(20) == 0
+        assert not answers(more / "port")
+    info = manager.get_process_info(pid)
+    assert (info.status, info.step, info.attempt, info.crashes) == ("queued", "b", 1, 0)
+
+
+def test_one_waiting_runner_serves_a_set_of_queues(manager):
+    pid = manager.start_process(steps("steps:nothing", queue="mail"))
+    with running(manager) as first:
+        quiet = cli("runner", "--wait", "--db", manager.path)
+        assert quiet == (0, "", "")
+        second = Runner(manager, wait=True)
+        assert second.run() == 0 and second.already_running
+        with running(manager, "--queue", "mail"):
+            assert manager.wait(pid, 30).status == "finished"
+            other = manager.start_process(steps("steps:nothing"))
+            assert manager.wait(other, 30).status == "finished"
+            assert drain(manager) == 0
+        assert first.poll() is None
+    with thread_runner(manager) as (runner, ended):
+        manager.wait(manager.start_process(steps("steps:nothing")), 30)
+    assert ended == [1] and not runner.already_running
+
+
+def test_a_runner_can_be_awaited_and_leaves_signals_alone(manager, more):
+    import asyncio
+
+    data = {"go": str(more / "go"), "ledger": str(more / "ledger")}
+    done, held = manager.start_many(
+        [steps("steps:nothing"), (steps("more:hold"), data)]
+    )
+    numbers = procman.stop_signals()
+    seen = []
+
+    async def application():
+        before = [signal.getsignal(number) for number in numbers]
+        runner = Runner(manager, wait=True, max_workers=2, grace=2)
+        task = asyncio.ensure_future(runner.run_async())
+        while not (more / "ledger").exists() or manager.count(status="finished") < 1:
+            seen.append([signal.getsignal(number) for number in numbers] == before)
+            await asyncio.sleep(0.005)
+        runner.stop()
+        assert await asyncio.wait_for(task, 20) == 1
+        task = asyncio.ensure_future(Runner(manager, grace=2).run_async())
+        while (more / "ledger").read_text().count("hold") < 2:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert manager.get_process_status(held) == "queued"
+        (more / "go").write_text("go")
+        return await Runner(manager).run_async()
+
+    assert asyncio.run(application()) == 1
+    assert all(seen) and len(seen) > 2
+    assert statuses(manager, [done, held]) == ["finished"] * 2
+
+
+@pytest.mark.skipif(WINDOWS, reason="an open file cannot be deleted there")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_runner_whose_database_is_deleted_ends_and_takes_its_workers_along(
+    manager, more, replaced
+):
+    manager.start_process(steps("more:stay"), {"port": str(more / "port")})
+    idle = steps("steps:nothing")
+    with thread_runner(manager, max_workers=2, grace=0.3) as (_, ended):
+        assert answers(more / "port")
+        for path in more.glob("procman.db*"):
+            if path.is_file():
+                path.unlink()
+        if replaced:
+            with contextlib.closing(ProcessManager(more / "procman.db")) as other:
+                other.start_process(idle)
+        eventually(lambda: ended, 5)
+        assert isinstance(ended[0], procman.StorageError), ended
+        assert ("replaced" if replaced else "deleted") in str(ended[0])
+        assert not answers(more / "port")
+
+
+def test_a_runner_outlasts_a_program_that_holds_the_write_lock(manager, more):
+    data = {"go": str(more / "go"), "ledger": str(more / "ledger")}
+    pids = manager.start_many([(steps("more:hold", "steps:nothing"), data)] * 2)
+    with running(manager, "--max-workers", "1") as child:
+        eventually(lambda: "hold" in read_ledger(more / "ledger"))
+        foreign = sqlite3.connect(manager.path, isolation_level=None)
+        with contextlib.closing(foreign):
+            foreign.execute("BEGIN IMMEDIATE")
+            locked = time.monotonic()
+            (more / "go").write_text("go")
+            eventually(lambda: time.monotonic() - locked > 1.5)
+            assert child.poll() is None
+            assert manager.count(status="running") == 1
+            foreign.execute("ROLLBACK")
+        for info in manager.wait_all(pids, 30):
+            assert (info.status, info.attempt, info.crashes) == ("finished", 1, 0)
+    assert read_ledger(more / "ledger") == ["hold"] * 2
+
+
+def test_hundreds_of_processes_leave_nothing_behind(manager, more):
+    linux = sys.platform == "linux"
+
+    def left():
+        found = {"threads": threading.active_count()}
+        if linux:
+            found["fds"] = len(os.listdir("/proc/self/fd"))
+            own = Path(f"/proc/self/task/{os.getpid()}/children")
+            found["children"] = own.read_text()
+        return found
+
+    tell = {"give": "{'fds': len(os.listdir('/proc/self/fd'))}"}
+    drain(manager)
+    before = left()
+    command = python("print(1)")
+    count = 5 if WINDOWS else 20
+    first = manager.start_process(steps("more:give"), tell) if linux else None
+    manager.start_many([steps("steps:nothing")] * 400 + [steps(command)] * count)
+    last = manager.start_process(steps("more:give"), tell) if linux else None
+    assert drain(manager, max_workers=1) == 400 + count + 2 * linux
+    manager.start_many([steps("steps:nothing")] * 40)
+    assert drain(manager, jobs_per_worker=5) == 40
+    assert left() == before
+    assert list((more / "procman.db.run").iterdir()) == []
+    names = {path.name for path in more.iterdir()} - {"__pycache__"}
+    assert names - {"procman.db-wal", "procman.db-shm"} == {
+        *("more.py", "steps.py", "procman.db", "procman.db.run")
+    }
+    assert manager.store.runners() == [] and manager.count(status="finished") >= 440
+    if linux:
+        first, last = (manager.get_process_info(pid).output for pid in (first, last))
+        assert first == last
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_workers", 0),
+        ("max_workers", 1.5),
+        ("max_jobs", -1),
+        ("jobs_per_worker", True),
+        ("queues", ["a/b"]),
+        ("grace", "soon"),
+        ("keep", -1),
+        ("services", "nocolon"),
+    ],
+)
+def test_a_runner_refuses_options_that_make_no_sense(manager, option, value):
+    with pytest.raises(ValueError, match=option.rstrip("s")):
+        Runner(manager, **{option: value})
+
+
+# ===========================================================================
+# 10. Command line
+# ===========================================================================
+
+RECORD_KEYS = [
+    *("pid", "name", "status", "created_at", "started_at", "finished_at", "due_at"),
+    *("output", "error", "step", "steps", "progress", "attempt", "crashes"),
+    *("retry_left", "queue", "priority", "timeout", "parent", "children", "series"),
+    "exit_code",
+]
+
+# Steps that tests of 10 and 11 add to those of the head.
+MORE_STEPS = '''
+import os, socket, subprocess, sys, time
+from procman import current
+from steps import mark
+
+def paint(data):
+    print("\\x1b[31mred\\x07\\tgr\\u00fcn \\u2192", flush=True)
+    sys.stdout.buffer.write(b"\\xff\\n")
+
+def gate(data):
+    mark(data, "gate")
+    print("before the gate", flush=True)
+    while not os.path.exists(data["gate"]):
+        time.sleep(0.01)
+    print("behind the gate")
+
+def argv(data):
+    return {"argv": sys.argv[1:]}
+
+def say(text):
+    os.write(1, b"low\\n")
+    print("high")
+    return text
+
+CALL = """
+import os, socket, sys, time
+line = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+line.sendall(f"{sys.argv[2]} {os.getpid()}".encode())
+time.sleep(600)
+"""
+
+def tied(data):
+    """The first time: hang, with a child; both are on the line to the test."""
+    first = not os.path.exists(data["ledger"])
+    mark(data, "tied")
+    if first:
+        port = str(data["port"])
+        subprocess.Popen([sys.executable, "-c", CALL, port, "child"])
+        line = socket.create_connection(("127.0.0.1", data["port"]))
+        line.sendall(f"step {os.getpid()}".encode())
+        time.sleep(600)
+
+def hang_if_told(data):
+    mark(data, current().step)
+    if data["hang"]:
+        time.sleep(600)
+
+def own_ledger(data):
+    with open(os.path.join(data["directory"], f"{os.getpid()}.ledger"), "a") as file:
+        file.write(current().pid + "\\n")
+'''
+
+
+@pytest.fixture
+def live(home):
+    """A manager on the real clock, which it shares with the commands."""
+    with contextlib.closing(ProcessManager(home / "procman.db")) as found:
+        yield found
+
+
+@pytest.fixture
+def gates(home):
+    (home / "more.py").write_text(MORE_STEPS, encoding="utf-8")
+    return home
+
+
+def call_main(capsys, *words):
+    """A command in this process: the same code, without a start of Python."""
+    try:
+        code = procman.main([str(word) for word in words])
+    except SystemExit as error:
+        code = error.code
+    return Result(code, *capsys.readouterr())
+
+
+def copied(directory, *words, module=False, cwd=None, env=None):
+    """A command of a procman.py of its own; returns what it printed."""
+    directory.mkdir(exist_ok=True)
+    copy = directory / "procman.py"
+    if not copy.exists():
+        copy.write_bytes(PROCMAN.read_bytes())
+    start = ["-m", "procman"] if module else [str(copy)]
+    return (
+        subprocess.run(
+            [sys.executable, *start, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=cwd or directory,
+            env=env,
+            timeout=60,
+            check=True,
+        )
+        .stdout.decode()
+        .strip()
+    )
+
+
+def on_terminal(*words):
+    """A command whose standard output and error are a terminal: (code, screen)."""
+    import pty
+
+    master, terminal = pty.openpty()
+    child = spawn(*words, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    screen = b""
+    with contextlib.suppress(OSError):  # Linux says EIO where others say the end
+        while True:
+            chunk = os.read(master, 65536)
+            if not chunk:
+                break
+            screen += chunk
+    os.close(master)
+    return child.wait(60), screen.decode().replace("\r\n", "\n")
+
+
+ONE = ("start", "--step", "one=steps:double")
+BAD_INPUT = [  # a command, and what its one line must name
+    ((), "COMMAND"),
+    (("nonsense",), "nonsense"),
+    (("start",), "nothing to run"),
+    (("start", "--"), "nothing to run"),
+    (("start", "--step", "one"), "NAME=SPEC, not 'one'"),
+    (("start", "--step", "=steps:f"), "the name of a step"),
+    (("start", "--step", "one=steps"), "steps.one must be"),
+    (("start", "--step", 'one={"call": '), "--step one"),
+    (("start", "--step", 'one={"call": "m:f", "colour": 1}'), "steps.one has"),
+    (("start", "--step", 'one={"shell": "x", "timeout": -1}'), "steps.one.timeout"),
+    (("start", "--step", 'one={"command": ["x", 3]}'), "steps.one.command[1]"),
+    (("start", "--step", 'one={"command": []}'), "steps.one.command"),
+    (("start", "--step", 'one={"shell": "x", "call": "m:f"}'), "steps.one needs"),
+    ((*ONE, "--step", "one=steps:f"), "two steps named 'one'"),
+    (("start", "--steps", "missing.json"), "missing.json"),
+    (("start", "--steps", "."), "--steps"),
+    ((*ONE, "--data", "{"), "--data is not valid JSON"),
+    ((*ONE, "--data", ""), "--data is not valid JSON"),
+    ((*ONE, "--data", "[1]"), "--data must be a JSON object"),
+    ((*ONE, "--data", '{"a": {"b": [NaN]}}'), "--data.a.b[0]"),
+    ((*ONE, "--data", '{"a": 1e999}'), "--data.a"),
+    ((*ONE, "--data", '{"a": "\\ud800"}'), "--data.a has a lone surrogate"),
+    ((*ONE, "--data", '{"a": 1, "a": 2}'), "'a' stands twice"),
+    ((*ONE, "--data", '{"a": 18446744073709551616}'), "--data.a is an integer"),
+    ((*ONE, "--data", '{"a": ' + "[" * 100_000), "nested deeper"),
+    ((*ONE, "--data", "@missing.json"), "missing.json"),
+    ((*ONE, "--colour", "red"), "--colour"),
+    ((*ONE, "--retry", "ten"), "--retry"),
+    ((*ONE, "--retry", "1.5"), "--retry"),
+    ((*ONE, "--retry", "-2"), "retry must be -1 to"),
+    ((*ONE, "--retry", str(2**63)), "retry must be"),
+    ((*ONE, "--retry-interval", "-1"), "retry_interval"),
+    ((*ONE, "--backoff", "0.5"), "backoff"),
+    ((*ONE, "--backoff", "nan"), "backoff"),
+    ((*ONE, "--priority", "99999999999"), "priority"),
+    ((*ONE, "--timeout", "soon"), "timeout must be seconds"),
+    ((*ONE, "--timeout", "0"), "timeout must be"),
+    ((*ONE, "--timeout", "1e999"), "timeout must be"),
+    ((*ONE, "--delay", "-1"), "delay must be"),
+    ((*ONE, "--delay", "1h", "--at", "0"), "at and delay"),
+    ((*ONE, "--at", "tomorrow"), "at must be"),
+    ((*ONE, "--at", "2022-02-09T12:58:14"), "at has no time zone"),
+    ((*ONE, "--on-lost", "shrug"), "on_lost must be one of"),
+    ((*ONE, "--queue", "../etc"), "queue may hold"),
+    ((*ONE, "--name", ""), "name must be"),
+    ((*ONE, "--name", "a\x1b[2Jb"), "name must be"),
+    ((*ONE, "--args", "[1]"), "args must be a JSON object"),
+    ((*ONE, "--args", '{"a": {}}'), "args.a"),
+    ((*ONE, "--args", "x"), "--args is not valid JSON"),
+    (("runner", "--max-workers", "0"), "max_workers"),
+    (("runner", "--max-jobs", "many"), "--max-jobs"),
+    (("runner", "--jobs-per-worker", "-1"), "jobs_per_worker"),
+    (("runner", "--queue", "a,,b"), "queue"),
+    (("runner", "--grace", "long"), "grace"),
+    (("runner", "--keep", "x"), "keep"),
+    (("runner", "--services", "steps"), "services"),
+    (("runner", "--script-args", "it's"), "--script-args"),
+    (("status",), "PID"),
+    (("status", "abcdef", "--", "ls"), "only start"),
+    (("list", "--status", "done"), "status must be one of"),
+    (("list", "--limit", "-1"), "limit"),
+    (("list", "--offset", "x"), "--offset"),
+    (("proceed", "abcdef", "--data", "[1]"), "--data must be a JSON object"),
+    (("wait", "abcdef", "--timeout", "long"), "--timeout"),
+    (("prune", "--older-than", "long"), "older"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD_INPUT)
+def test_bad_input_gives_one_line_that_names_it_and_changes_nothing(
+    home, monkeypatch, capsys, words, named
+):
+    monkeypatch.setenv("PROCMAN_DB", "fresh.db")
+    code, out, err = call_main(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("procman: ") and err.count("\n") == 1 and err[-1] == "\n"
+    assert named in err and "\x1b" not in err and len(err) < 500
+    assert os.listdir(home) == ["steps.py"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (b"", "standard input"),
+        (b"[]", "standard input"),
+        (b'{"data": {}}', '"steps"'),
+        (b'{"steps": {}, "date": {}}', "date"),
+        (b'{"steps": {"a": 7}}', "steps.a"),
+        (b'{"steps": {}, "data": []}', "data"),
+        (b"\xff", "standard input"),
+    ],
+)
+def test_bad_standard_input_of_execute_gives_one_line(
+    home, monkeypatch, capsys, given, named
+):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code, out, err = call_main(capsys, "execute")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("procman: ") and named in err
+
+
+def test_start_takes_its_steps_and_data_in_all_ways_and_prints_only_the_pid(live):
+    Path("data.json").write_text('\ufeff{"n": 4}', encoding="utf-8")
+    Path("steps.json").write_text('{"x": "steps:double", "y": "steps:add_one"}')
+    program = "import json, sys; print(json.load(sys.stdin)['n'], sys.argv[1:])"
+    spec = 'y={"call": "steps:add_one", "timeout": "5m"}'
+    ways = [
+        (("--step", "x=steps:double", "--step", spec, "--data", '{"n": 3}'), b""),
+        (("--steps", "steps.json", "--data", "@data.json"), b""),
+        (("--steps", "-", "--step", "z=steps:double", "--data", '{"n": 1}'),
+         b'{"x": "steps:double"}'),
+        (("--steps", "steps.json", "--data", "-"), b'{"n": 5}'),
+        (("--step", "x=steps:double", "--data", '{"n": 6}',
+          *("--", sys.executable, "-c", program, "--retry", "--", "-x")), b""),
+    ]  # fmt: skip
+    pids = []
+    for words, stdin in ways:
+        code, out, err = cli("start", "--db", live.path, *words, stdin=stdin)
+        assert (code, err) == (0, "")
+        assert re.fullmatch("[0-9a-f]{32}\n", out)
+        pids.append(out.strip())
+    assert drain(live) == len(pids)
+    outputs = [live.wait(pid, 0).output for pid in pids]
+    assert outputs[:4] == [{"n": 7}, {"n": 9}, {"n": 4}, {"n": 11}]
+    assert outputs[4]["stdout"].split("\r\n" if WINDOWS else "\n")[0] == (
+        "12 ['--retry', '--', '-x']"
+    )
+    states = live.get_process_info(pids[4]).steps
+    assert list(states) == ["x", "command"]
+
+
+def test_status_prints_the_record_with_exactly_its_keys_in_order(manager, clock):
+    words = (
+        *("--name", "nightly", "--queue", "low", "--priority", "-3", "--retry", "2"),
+        *("--timeout", "5m", "--at", "20380119031407", "--args", '{"a": 1}'),
+        *("--retry-interval", "1h", "--backoff", "2", "--on-lost", "ask"),
+    )
+    waiting = cli(*ONE, *words, "--db", manager.path).out.strip()
+    code, out, err = cli("status", waiting, "--db", manager.path)
+    record = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert list(record) == RECORD_KEYS
+    assert re.fullmatch("20[0-9]{12}", record["created_at"])
+    assert {**record, "created_at": ""} == {
+        **dict.fromkeys(RECORD_KEYS), "pid": waiting, "name": "nightly",
+        "status": "queued", "created_at": "", "due_at": "20380119031407",
+        "step": "one", "steps": {"one": "queued"}, "attempt": 1, "crashes": 0,
+        "retry_left": 2, "queue": "low", "priority": -3, "timeout": 300.0,
+    }  # fmt: skip
+    clock.at = 1644411494.5
+    fails = steps("steps:double", {"call": "steps:fail"})
+    done = manager.start_process(fails, {"n": 1})
+    drain(manager)
+    record = json.loads(cli("status", done, "--db", manager.path).out)
+    assert list(record) == RECORD_KEYS
+    assert {record[f"{event}_at"] for event in ("created", "started", "finished")} == {
+        "20220209125814"
+    }
+    assert list(record["error"]) == [
+        *("step", "type", "message", "traceback", "exit_code", "signal")
+    ]
+    assert record["steps"] == {"a": "finished", "b": "error"}
+    assert (record["status"], record["exit_code"]) == ("error", 1)
+    assert record["output"] is None
+
+
+def test_the_exit_codes_tell_what_happened(live, capsys):
+    good = live.start_process(steps("steps:double"), {"n": 1})
+    bad = live.start_process(steps("steps:fail"))
+    asks = live.start_process(steps("steps:Ask"))
+    drain(live)
+    waits = live.start_process(steps("steps:nothing"))
+    live.close()
+    Path("text.db").write_text("not a database " * 100)
+    Path("text.db").chmod(0o600)
+    nobody = "0" * 32
+    for code, words in [
+        (0, ("wait", good)),
+        (1, ("wait", good, asks, bad)),
+        (6, ("wait", good, asks)),
+        (124, ("wait", good, waits, "--timeout", "0.05")),
+        (0, ("wait", waits, good, "--any", "--timeout", "1m")),
+        (3, ("wait", good, nobody)),
+        (3, ("status", nobody)),
+        (3, ("status", "../../etc/passwd")),
+        (3, ("logs", nobody)),
+        (4, ("proceed", good)),
+        (4, ("cancel", good)),
+        (4, ("execute", good)),
+        (3, ("execute", nobody)),
+        (5, ("status", good, "--db", "text.db")),
+        (5, (*ONE, "--db", "text.db")),
+        (5, (*ONE, "--db", "missing/x.db")),
+        (3, ("list", "--db", "missing.db")),
+        (3, ("prune", "--db", "missing.db")),
+    ]:
+        where = () if "--db" in words else ("--db", live.path)
+        real = code in (1, 124) or words == ONE
+        found = cli(*words, *where) if real else call_main(capsys, *words, *where)
+        assert found.code == code, (words, found)
+        if code in (0, 1, 6):
+            infos = [json.loads(line) for line in found.out.splitlines()]
+            asked = [word for word in words if re.fullmatch("[0-9a-f]{32}", word)]
+            if "--any" in words:
+                asked.remove(waits)
+            assert [info["pid"] for info in infos] == asked and found.err == ""
+        else:
+            assert found.out == "" and found.err.count("\n") == 1, found
+            assert found.err.startswith("procman: ")
+    assert Path("text.db").read_text() == "not a database " * 100
+    assert not Path("missing.db").exists()
+
+
+def test_execute_runs_one_process_and_prints_only_its_output(live, gates):
+    good = live.start_process(steps("steps:shout", "steps:add_one"), {"n": 1})
+    bad = live.start_process(steps("steps:fail"))
+    asks = live.start_process(steps("steps:Ask", "steps:double"), {"n": 1})
+    others = live.start_process(steps("steps:double"), {"n": 1})
+    code, out, err = cli("execute", good[:8], "--db", live.path)
+    assert (code, out) == (0, '{"n": 2}\n')
+    assert "out a\n" in err and "err a\n" in err
+    code, out, err = cli("execute", bad, "--db", live.path)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert bad in err and "ValueError: no luck" in err and "'a'" in err
+    code, out, _ = cli("execute", asks, "--db", live.path)
+    assert (code, json.loads(out)) == (6, {"n": 1, "question": "go on?"})
+    assert live.get_process_status(others) == "queued"
+
+
+def test_execute_from_standard_input_keeps_what_steps_print_out_of_its_output(gates):
+    def execute(data, **specs):
+        given = json.dumps({"steps": specs, "data": data})
+        return cli("execute", "--db", "never.db", stdin=given.encode())
+
+    code, out, err = execute({"n": 1}, a="steps:add_one", b="more:say", c="more.py:say")
+    assert (code, out) == (0, '{"n": 2}\n')
+    assert sorted(err.split()) == ["high", "high", "low", "low"]
+    code, out, _ = execute({}, ask="steps:Ask", gates="steps:fail")
+    assert (code, json.loads(out)) == (6, {"question": "go on?"})
+    code, out, err = execute({}, first="steps:nothing", second="steps:fail")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "ValueError: no luck" in err and "'second'" in err
+    assert not Path("never.db").exists()
+
+
+def test_proceed_merges_its_data_and_prints_the_pid(live):
+    pid = live.start_process(steps("steps:Ask", "steps:add_one"), {"n": 1, "m": 1})
+    drain(live)
+    database = ("--db", live.path)
+    code, out, err = cli("proceed", pid[:6], "--data", '{"n": 5}', *database)
+    assert (code, out, err) == (0, pid + "\n", "")
+    drain(live)
+    assert live.wait(pid, 0).output == {"n": 6, "m": 1, "question": "go on?"}
+    code, out, err = cli("proceed", pid, *database)
+    assert (code, out) == (4, "")
+    assert "finished" in err and "needs interrupted" in err
+
+
+def test_list_filters_and_pages_as_one_object_a_line(live, capsys):
+    pids = [
+        live.start_process(ManagedProcess({} if n % 2 else {"a": "m:f"}, name=name))
+        for n, name in enumerate(["red", "red", "blue", "blue", "blue"])
+    ]
+    pids.append(live.start_process(steps("m:f", queue="slow")))
+    newest = pids[::-1]
+    live.cancel(pids[0])
+    for words, expected in [
+        ((), newest),
+        (("--limit", "2"), newest[:2]),
+        (("--limit", "2", "--offset", "3"), newest[3:5]),
+        (("--offset", "9"), []),
+        (("--limit", "0"), []),
+        (("--status", "open"), [pids[5], pids[4], pids[2]]),
+        (("--status", "final"), [pids[3], pids[1], pids[0]]),
+        (("--status", "cancelled"), [pids[0]]),
+        (("--name", "blue", "--status", "queued"), [pids[4], pids[2]]),
+        (("--queue", "slow"), [pids[5]]),
+    ]:
+        code, out, err = call_main(capsys, "list", "--db", live.path, *words)
+        infos = [json.loads(line) for line in out.splitlines()]
+        assert (code, err, [info["pid"] for info in infos]) == (0, "", expected), words
+        assert all(list(info) == RECORD_KEYS for info in infos)
+
+
+def test_cancel_of_several_cancels_all_that_it_can(live):
+    first, last = (live.start_process(steps("steps:double")) for _ in range(2))
+    final = live.start_process(ManagedProcess({}))
+    words = ("cancel", first, "f" * 32, final, last, "--db", live.path)
+    code, out, err = cli(*words)
+    assert (code, out) == (3, f"{first}\n{last}\n")
+    assert "f" * 32 in err.splitlines()[0] and final in err.splitlines()[1]
+    assert live.count(status="cancelled") == 2
+    assert cli("cancel", first, last, "--db", live.path).code == 0
+
+
+def test_logs_follows_a_running_process_to_its_end(live, gates):
+    pid = live.start_process(
+        steps("more:gate", "steps:shout"), {"gate": str(gates / "open")}
+    )
+    with running(live):
+        follower = spawn("logs", "-f", pid, "--db", live.path)
+        assert follower.stdout.readline().split() == [b"before", b"the", b"gate"]
+        assert live.get_process_status(pid) == "running"
+        assert cli("logs", pid, "--db", live.path).out == "before the gate\n"
+        code, out, _ = cli("list", "--status", "running", "--db", live.path)
+        assert json.loads(out)["pid"] == pid
+        waiter = spawn("wait", pid, "--db", live.path)
+        (gates / "open").touch()
+        out, err = follower.communicate(timeout=20)
+        assert json.loads(waiter.communicate(timeout=20)[0])["status"] == "finished"
+    lines = out.decode().split()
+    assert lines[:3] == ["behind", "the", "gate"] and err == b""
+    assert sorted(lines[3:]) == ["b", "b", "err", "out"]
+    assert (follower.returncode, waiter.returncode) == (0, 0)
+
+
+def test_logs_escapes_what_could_steer_a_terminal_and_raw_does_not(live, gates):
+    pid = live.start_process(steps("more:paint"))
+    drain(live)
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    words = ("logs", pid, "--db", live.path)
+    code, out, err = cli(*words, env=environment)
+    assert (code, out, err) == (0, "\\x1b[31mred\\x07\tgrün →\n\\xff\n", "")
+    child = spawn(*words, "--raw")
+    raw = child.communicate(timeout=20)[0].replace(b"\r\n", b"\n")
+    assert raw == "\x1b[31mred\x07\tgrün →\n".encode() + b"\xff\n"
+
+
+def test_logs_prints_what_the_terminals_encoding_lacks_as_escapes(live, gates):
+    pid = live.start_process(steps("more:paint"))
+    drain(live)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code, out, err = cli("logs", pid, "--db", live.path, env=environment)
+    assert (code, err) == (0, "")
+    assert out == "\\x1b[31mred\\x07\tgr\\xfcn \\u2192\n\\xff\n"
+
+
+def test_prune_deletes_what_ended_long_ago_and_says_how_many(manager, clock):
+    clock.advance(-8 * 86400)
+    old = [manager.start_process(ManagedProcess({})) for _ in range(2)]
+    waiting = manager.start_process(steps("steps:double"))
+    clock.advance(8 * 86400)
+    fresh = manager.start_process(ManagedProcess({}))
+    words = ("prune", "--db", manager.path)
+    assert cli(*words) == (0, "0\n", "")
+    assert cli(*words, "--older-than", "7d") == (0, "2\n", "")
+    assert [info.pid for info in manager.list_processes()] == [fresh, waiting]
+    assert cli("status", old[0], "--db", manager.path).code == 3
+
+
+def test_doctor_tells_a_sound_installation_from_an_unsound_one(live, home):
+    code, out, _ = cli("doctor", "--db", "none.db")
+    assert (code, json.loads(out)["sound"]) == (0, True)
+    assert not Path("none.db").exists() and not Path("none.db.run").exists()
+    live.start_process(steps("steps:double"))
+    doctor = ("doctor", "--db", live.path)
+    with running(live) as child:
+        found = json.loads(cli(*doctor).out)
+        assert (found["sound"], found["trouble"]) == (True, None)
+        assert found["database"] == live.path
+        assert found["sqlite"] == sqlite3.sqlite_version
+        assert found["runners"][0]["alive"] is True
+        assert found["lock"].startswith("held")
+        child.kill()
+        child.wait()
+        code, out, _ = cli(*doctor)
+    found = json.loads(out)
+    assert (code, found["lock"], found["runners"][0]["alive"]) == (0, "free", False)
+    live.start_many([(ManagedProcess({}), {"text": "x" * 1000})] * 50)
+    live.close()
+    with contextlib.closing(sqlite3.connect(live.path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(Path(live.path).read_bytes())
+    middle = len(content) // 2 // 4096 * 4096
+    content[middle : middle + 4096] = b"\xa5" * 4096
+    Path(live.path).write_bytes(content)
+    code, out, err = cli(*doctor)
+    assert (code, json.loads(out)["sound"]) == (5, False)
+    assert json.loads(out)["trouble"] and "Traceback" not in err
+    if not WINDOWS:
+        Path("open.db").touch()
+        Path("open.db").chmod(0o666)
+        code, out, _ = cli("doctor", "--db", "open.db")
+        assert (code, json.loads(out)["sound"]) == (5, False)
+        assert "written by others" in json.loads(out)["trouble"]
+
+
+def test_the_database_is_named_before_or_after_the_command_or_by_the_environment(home):
+    app, environment = home / "app", {**os.environ, "PROCMAN_DB": "from_variable.db"}
+    pids = [
+        copied(app, "--db", "before.db", *ONE, cwd=home, env=environment),
+        copied(app, *ONE, "--db", "after.db", cwd=home, env=environment),
+        copied(app, *ONE, cwd=home, env=environment),
+        copied(app, *ONE, cwd=home),
+        copied(app, *ONE, module=True),
+    ]
+    for database, expected in [
+        (home / "before.db", pids[:1]),
+        (home / "after.db", pids[1:2]),
+        (home / "from_variable.db", pids[2:3]),
+        (app / "procman.db", pids[:2:-1]),
+    ]:
+        with contextlib.closing(ProcessManager(database)) as found:
+            assert [info.pid for info in found.list_processes()] == expected
+
+
+def test_step_modules_are_found_beside_procman_and_where_start_was_called(home):
+    app, elsewhere = home / "app", home / "elsewhere"
+    for directory, word in ((app, "beside"), (elsewhere, "near")):
+        directory.mkdir()
+        (directory / f"{word}_steps.py").write_text(
+            f"def add(data):\n    return {{**data, '{word}': True}}\n"
+        )
+    (elsewhere / "where.py").write_text(
+        "import os\ndef here(data):\n    return {**data, 'cwd': os.getcwd()}\n"
+    )
+    pid = copied(
+        app,
+        *("start", "--step", "a=beside_steps:add", "--step", "b=near_steps:add"),
+        *("--step", "c=where.py:here"),
+        cwd=elsewhere,
+    )
+    copied(app, "runner", cwd=home)
+    record = json.loads(copied(app, "status", pid, cwd=home))
+    assert record["error"] is None
+    assert {**record["output"], "cwd": ""} == {"beside": True, "near": True, "cwd": ""}
+    assert os.path.samefile(record["output"]["cwd"], elsewhere)
+
+
+def test_a_pid_may_be_cut_to_a_unique_prefix_of_six_or_more(live, capsys):
+    pids = ["abcdef" + "0" * 26, "abcdef" + "1" * 26]
+    for pid in pids:
+        started = live.start_process(steps("steps:double"))
+        with contextlib.closing(sqlite3.connect(live.path)) as database, database:
+            database.execute("UPDATE process SET pid = ? WHERE pid = ?", (pid, started))
+    for prefix, code, named in [
+        (pids[0], 0, ""),
+        ("abcdef1", 0, ""),
+        ("abcdef", 3, "several"),
+        ("abcde", 3, "abcde"),
+        ("abcdef2", 3, "abcdef2"),
+        ("ABCDEF1", 3, "ABCDEF1"),
+        ("abcdef%", 3, "abcdef%"),
+        (pids[0] + "0", 3, "hex digits"),
+        ("", 3, "hex digits"),
+    ]:
+        found = call_main(capsys, "status", prefix, "--db", live.path)
+        assert found.code == code and named in found.err, found
+    assert call_main(capsys, "cancel", "abcdef1", "--db", live.path).out == (
+        pids[1] + "\n"
+    )
+
+
+def parser_commands():
+    """{name: parser} of all commands, and what stands before them."""
+    top = procman.build_parser()
+    choices = next(
+        action.choices for action in top._actions if hasattr(action, "choices")
+        and isinstance(action.choices, dict)
+    )  # fmt: skip
+    return dict(choices), top
+
+
+def test_every_command_has_a_help_with_an_example(capsys):
+    commands, _ = parser_commands()
+    assert list(commands) == [
+        *("start", "runner", "execute", "status", "proceed", "list"),
+        *("cancel", "wait", "logs", "prune", "doctor"),
+    ]
+    overview = call_main(capsys, "--help")
+    assert (overview.code, overview.err) == (0, "")
+    for name, parser in commands.items():
+        assert re.search(rf"(?m)^ +{name} +\w", overview.out), f"{name} not explained"
+        found = call_main(capsys, name, "--help")
+        assert (found.code, found.err) == (0, "")
+        example = found.out.partition("example:\n")[2]
+        assert f"procman.py {name}" in example
+        for action in parser._actions:
+            for option in action.option_strings:
+                assert option in found.out
+
+
+def test_version_is_one_line_on_standard_output():
+    assert cli("--version") == (0, f"procman {procman.__version__}\n", "")
+
+
+def test_debug_adds_the_traceback_and_keeps_the_exit_code(live):
+    live.start_process(ManagedProcess({}))
+    for words in (("--debug", "status", "abcdef"), ("status", "abcdef", "--debug")):
+        code, out, err = cli(*words, "--db", live.path)
+        assert (code, out) == (3, "")
+        assert "Traceback (most recent call last)" in err and "abcdef" in err
+    given = b'{"steps": {"a": "steps:fail"}}'
+    assert "steps.py" in cli("--debug", "execute", stdin=given).err
+
+
+@posix
+def test_a_reader_that_goes_away_early_ends_the_command_quietly(live):
+    live.start_many([ManagedProcess({})] * 400)
+    for words in (("list", "--limit", "400"), ("--help",), ("start", "--help")):
+        reading, writing = os.pipe()
+        child = spawn(*words, "--db", live.path, stdout=writing)
+        os.close(writing)
+        if words[0] == "list":
+            assert os.read(reading, 1) == b"{"
+        os.close(reading)
+        assert child.communicate(timeout=20)[1] == b"", words
+        assert child.returncode == 0, words
+
+
+@posix
+def test_a_terminal_gets_a_table_and_with_json_what_a_program_gets(live):
+    pid = live.start_process(steps("steps:double", name="a name"), {"n": 1})
+    final = live.start_process(ManagedProcess({}))
+    code, screen = on_terminal("list", "--db", live.path)
+    lines = screen.splitlines()
+    assert code == 0 and len(lines) == 3
+    assert lines[0].split() == [
+        *("PID", "STATUS", "NAME", "STEP", "ATTEMPT", "CREATED", "DUE")
+    ]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [final[:12], "finished"],
+        [pid[:12], "queued"],
+    ]
+    columns = [line.index(word) for line, word in zip(lines[::2], ("NAME", "a name"))]
+    assert columns[0] == columns[1]
+    code, screen = on_terminal("list", "--json", "--db", live.path)
+    assert [json.loads(line)["pid"] for line in screen.splitlines()] == [final, pid]
+    code, screen = on_terminal("status", pid, "--db", live.path)
+    assert json.loads(screen)["pid"] == pid and screen.count("\n") > len(RECORD_KEYS)
+    code, screen = on_terminal(*ONE, "--db", live.path)
+    assert re.fullmatch(r"[0-9a-f]{32}\nprocman: queued; .*runner.*\n", screen)
+
+
+@posix
+def test_a_bare_environment_as_that_of_cron_is_enough(home):
+    script = 'umask 000; exec "$0" "$@" <&-'
+
+    def bare(*words):
+        return subprocess.run(
+            ["/bin/sh", "-c", script, sys.executable, str(PROCMAN), *words],
+            capture_output=True,
+            env={"PATH": "", "LC_ALL": "C", "TMPDIR": "/nowhere"},
+            timeout=60,
+            check=False,
+        )
+
+    data = '{"n": 1, "text": "gr\u00fcn"}'
+    started = bare(*ONE, "--db", "x.db", "--name", "gr\u00fcn", "--data", data)
+    assert (started.returncode, started.stderr) == (0, b"")
+    pid = started.stdout.decode().strip()
+    done = bare("runner", "--db", "x.db")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    record = json.loads(bare("status", "--db", "x.db", pid).stdout)
+    assert (record["name"], record["output"]) == ("gr\u00fcn", {"n": 2})
+    for path in home.glob("x.db*"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    failed = bare("execute", "--db", "x.db")
+    assert failed.returncode == 2 and failed.stderr.count(b"\n") == 1, failed
+    assert bare(*ONE, "--db", "x.db", "--data", "-").returncode == 2
+    script = 'exec "$0" "$@" <&- 2>&-'
+    assert bare(*ONE, "--db", "x.db").returncode == 0
+    assert bare("runner", "--db", "x.db").returncode == 0
+
+
+def test_a_second_waiting_runner_leaves_quietly_so_that_cron_may_start_it(live, gates):
+    database = ("--db", live.path)
+    with running(live, "--script-args", "--mode 'a b'") as first:
+        assert cli("runner", "--wait", *database) == (0, "", "")
+        code, out, err = cli("runner", "--wait", "--max-processes", "1", *database)
+        assert (code, out, err.count("\n")) == (0, "", 1)
+        assert "--max-processes" in err and "--max-jobs" in err
+        pid = live.start_process(steps("more:argv", args={"limit": 5}))
+        assert live.wait(pid, 20).output == {"argv": ["--limit", "5", "--mode", "a b"]}
+        other = live.start_process(steps("more:argv", queue="other"))
+        words = ("--wait", "--queue", "other", "--max-jobs", "1")
+        third = cli("runner", *words, *database)
+        assert third == (0, "", "")
+        assert live.wait(other, 0).output == {"argv": []}
+        assert cli("runner", *database) == (0, "", "")
+        assert first.poll() is None
+
+
+# ===========================================================================
+# 11. Crashes
+# ===========================================================================
+
+
+class Line:
+    """Where steps and their children call in: each is heard to end."""
+
+    def __init__(self):
+        import socket
+
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(20)
+        self.port = self._server.getsockname()[1]
+        self._callers = []
+
+    def callers(self, count):
+        """{word: os_pid} of the next who call."""
+        found = {}
+        for _ in range(count):
+            caller = self._server.accept()[0]
+            caller.settimeout(20)
+            self._callers.append(caller)
+            word, os_pid = caller.recv(100).split()
+            found[word.decode()] = int(os_pid)
+        return found
+
+    def all_end(self):
+        """Wait until none of those who called is alive; fails after 20 s."""
+        for caller in self._callers:
+            with contextlib.suppress(ConnectionError):
+                assert caller.recv(1) == b""
+        return True
+
+    def close(self):
+        for caller in (self._server, *self._callers):
+            caller.close()
+
+
+@pytest.fixture
+def line():
+    with contextlib.closing(Line()) as found:
+        yield found
+
+
+@pytest.fixture
+def bystander():
+    """A program of somebody else's, to whom nothing may happen."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield child
+    child.kill()
+    child.wait()
+
+
+def kill_at_once(os_pid):
+    os.kill(os_pid, signal.SIGTERM if WINDOWS else signal.SIGKILL)
+
+
+def is_whole(live):
+    """No runner, no file of one, nothing running, and SQLite finds no fault."""
+    assert live.count(status="running") == 0
+    assert live.store.runners() == []
+    assert os.listdir(live.store.run_directory) == []
+    live.close()
+    with contextlib.closing(sqlite3.connect(live.path)) as database:
+        return database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def test_a_start_killed_at_any_moment_is_queued_whole_or_not_at_all(live):
+    first = live.start_process(steps("steps:double"), {"n": 0})
+    children = []
+    for n in range(12):
+        words = ("--data", json.dumps({"n": n}), "--db", live.path)
+        children.append(spawn(*ONE, *words))
+    deadline = time.monotonic() + 20
+    while live.count() < 4 and time.monotonic() < deadline:
+        pass
+    for child in children:
+        child.kill()
+    printed = b"".join(child.communicate(timeout=20)[0] for child in children)
+    began = time.monotonic()
+    last = live.start_process(steps("steps:double"), {"n": 1})
+    assert time.monotonic() - began < 5
+    pids = {info.pid for info in live.list_processes(status="queued")}
+    assert {first, last, *printed.decode().split()} <= pids
+    assert drain(live) == len(pids) >= 5
+    assert {live.wait(pid, 0).status for pid in pids} == {"finished"}
+    assert is_whole(live)
+
+
+def test_a_number_used_again_by_another_program_is_not_killed(
+    live, gates, bystander, monkeypatch
+):
+    gate = {"gate": str(gates / "open"), "ledger": str(gates / "ledger")}
+    pid = live.start_process(steps("more:gate"), gate)
+    with running(live) as runner:
+        eventually(lambda: read_ledger(gates / "ledger"))
+        runner.kill()
+        runner.wait()
+    with contextlib.closing(sqlite3.connect(live.path)) as database, database:
+        changed = database.execute(
+            "UPDATE worker SET os_pid = ?, born = 'long ago'", (bystander.pid,)
+        )
+        assert changed.rowcount == 1
+    (gates / "open").touch()
+    killed = []
+    with monkeypatch.context() as patch:  # to record: a fault here once ended it all
+        patch.setattr(os, "kill", lambda *given: killed.append(given))
+        assert drain(live, pid="0" * 32) == 0
+    assert killed == []
+    assert drain(live) == 1
+    assert live.wait(pid, 0).crashes == 1
+    assert bystander.poll() is None
+
+
+def test_a_killed_runner_takes_its_workers_along_and_another_recovers(
+    live, gates, line
+):
+    ledger = gates / "ledger"
+    pid = live.start_process(
+        steps("steps:nothing", "more:tied", retry=0),
+        {"ledger": str(ledger), "port": line.port},
+    )
+    with running(live) as runner:
+        assert set(line.callers(2)) == {"step", "child"}
+        runner.kill()
+        runner.wait()
+        assert line.all_end()
+    assert live.get_process_status(pid) == "running"
+    assert drain(live, pid="0" * 32) == 0
+    info = live.get_process_info(pid)
+    assert (info.status, info.crashes, info.attempt) == ("queued", 1, 1)
+    assert info.steps == {"a": "finished", "b": "queued"}
+    assert drain(live) == 1
+    info = live.wait(pid, 0)
+    assert (info.crashes, info.attempt, info.error) == (1, 1, None)
+    assert read_ledger(ledger) == ["tied", "tied"]
+    assert is_whole(live)
+
+
+def test_a_reboot_is_no_crash_and_nobody_is_killed_for_it(live, gates, bystander):
+    gate = {"gate": str(gates / "open"), "ledger": str(gates / "ledger")}
+    pids = [
+        live.start_process(steps("more:gate", on_lost=on_lost), gate)
+        for on_lost in ("retry", "error")
+    ]
+    with running(live, "--max-workers", "2") as runner:
+        eventually(lambda: len(read_ledger(gates / "ledger")) == 2)
+        runner.kill()
+        runner.wait()
+    born = procman.start_time(bystander.pid)
+    with contextlib.closing(sqlite3.connect(live.path)) as database, database:
+        database.execute("UPDATE runner SET boot = 'another'")
+        database.execute(
+            "UPDATE worker SET os_pid = ?, born = ?", (bystander.pid, born)
+        )
+    (gates / "open").touch()
+    assert drain(live) == 2
+    assert [live.wait(pid, 0).crashes for pid in pids] == [0, 0]
+    assert bystander.poll() is None
+
+
+def test_a_killed_worker_or_command_is_an_error_of_its_step_and_retries_apply(
+    live, gates, line
+):
+    kept = {"retry": 1, "retry_interval": 0}
+    command = "import sys; sys.path[:0] = ['.']; import more; exec(more.CALL)"
+    spec = {"command": [sys.executable, "-c", command, str(line.port), "command"]}
+    given = {"ledger": str(gates / "ledger"), "port": line.port}
+    with running(live, "--max-workers", "2") as runner:
+        died = live.start_process(steps("more:tied", **kept), given)
+        os_pids = line.callers(2)
+        kill_at_once(os_pids["step"])
+        assert line.all_end()
+        assert live.wait(died, 20).attempt == 2
+        spec["env"] = {"PYTHONPATH": os.pathsep.join([str(HERE), str(gates)])}
+        failed = live.start_process(steps(spec))
+        kill_at_once(line.callers(1)["command"])
+        with pytest.raises(procman.ProcessFailed) as caught:
+            live.wait(failed, 20)
+        alone = live.start_process(
+            steps("more:tied"), {**given, "ledger": str(gates / "ledger2")}
+        )
+        kill_at_once(line.callers(2)["step"])
+        with pytest.raises(procman.ProcessFailed) as lonely:
+            live.wait(alone, 20)
+        assert live.wait(live.start_process(steps("steps:nothing")), 20)
+        assert runner.poll() is None
+    assert read_ledger(gates / "ledger") == ["tied", "tied"]
+    error, death = caught.value.info.error, lonely.value.info.error
+    assert (error["type"], death["type"]) == ("CommandFailed", "WorkerDied")
+    if not WINDOWS:
+        assert error["signal"] == death["signal"] == "SIGKILL"
+        assert "SIGKILL" in error["message"] and "SIGKILL" in death["message"]
+    assert lonely.value.info.crashes == 0
+    assert drain(live) == 0  # on Windows the runner was not stopped, but ended
+    assert is_whole(live)
+
+
+def test_a_runner_killed_at_random_moments_loses_and_repeats_nothing(live, gates):
+    import random
+
+    ledger = gates / "ledger"
+    process = steps("steps:ledger", "steps:nothing")
+    count, kills = (60, 2) if WINDOWS else (250, 5)
+    pids = live.start_many([(process, {"ledger": str(ledger)})] * count)
+    for _ in range(kills):
+        until = len(read_ledger(ledger)) + random.randrange(10, 25)
+        with running(live, "--max-workers", "2") as runner:
+            eventually(lambda until=until: len(read_ledger(ledger)) >= until)
+            runner.kill()
+    drain(live)
+    infos = live.list_processes(limit=1000)
+    assert {info.pid for info in infos} == set(pids)
+    assert {info.status for info in infos} == {"finished"}, infos
+    runs = read_ledger(ledger)
+    for info in infos:
+        assert 1 <= runs.count(f"{info.pid}.a.0") <= 1 + info.crashes
+        assert (info.attempt, info.output) == (1, {"ledger": str(ledger)})
+    assert 0 < sum(info.crashes for info in infos) < count
+    assert is_whole(live)
+
+
+def test_what_becomes_of_a_step_whose_runner_died_is_its_owners_choice(live, gates):
+    ledger = gates / "ledger"
+    given = {"ledger": str(ledger), "hang": True}
+    processes = [
+        ManagedProcess({word: "more:hang_if_told"}, on_lost=word)
+        for word in ("retry", "ask", "error")
+    ]
+    retried, asked, failed = live.start_many([(one, given) for one in processes])
+    for expected in (3, 4, 5):
+        with running(live, "--max-workers", "3") as runner:
+            eventually(lambda expected=expected: len(read_ledger(ledger)) == expected)
+            runner.kill()
+    assert drain(live) == 0
+    assert sorted(read_ledger(ledger)) == ["ask", "error", "retry", "retry", "retry"]
+    found = live.get_process_info(retried)
+    assert (found.status, found.crashes, found.attempt) == ("error", 3, 1)
+    assert found.error["type"] == "RunnerDied" and "3 runners" in found.error["message"]
+    found = live.get_process_info(failed)
+    assert (found.status, found.crashes) == ("error", 1)
+    assert found.error["step"] == "error" and "died" in found.error["message"]
+    found = live.get_process_info(asked)
+    assert (found.status, found.crashes, found.step) == ("interrupted", 1, "ask")
+    assert "died" in found.error["message"] and found.output == given
+    live.proceed(asked, {"hang": False})
+    assert drain(live) == 1
+    found = live.wait(asked, 0)
+    assert (found.error, found.output) == (None, {**given, "hang": False})
+    assert is_whole(live)
+
+
+@posix
+def test_a_suspended_runner_is_alive_and_is_left_alone(live, gates):
+    gate = {"gate": str(gates / "open"), "ledger": str(gates / "ledger")}
+    pid = live.start_process(steps("more:gate"), gate)
+    with running(live) as runner:
+        eventually(lambda: read_ledger(gates / "ledger"))
+        runner.send_signal(signal.SIGSTOP)
+        try:
+            other = live.start_process(steps("steps:nothing"))
+            assert drain(live) == 1
+            assert live.wait(other, 0)
+            assert live.get_process_status(pid) == "running"
+            (gates / "open").touch()
+        finally:
+            runner.send_signal(signal.SIGCONT)
+        assert live.wait(pid, 20).crashes == 0
+    assert read_ledger(gates / "ledger") == ["gate"]
+
+
+def test_two_runners_at_once_run_each_of_many_processes_once(live, gates):
+    process, count = steps("more:own_ledger"), 300 if WINDOWS else 2000
+    words = ("--max-workers", "1", "--queue")
+    with contextlib.ExitStack() as up:
+        one, two = (
+            up.enter_context(running(live, *words, queues))
+            for queues in ("default", "b,default")
+        )
+        pids = live.start_many([(process, {"directory": str(gates)})] * count)
+        eventually(lambda: live.count(status="open") == 0, 60)
+        for runner in (one, two):
+            runner.terminate()
+        ends = [runner.communicate(timeout=20) for runner in (one, two)]
+    assert live.count(status="finished") == count
+    written = [path.read_text().split() for path in gates.glob("*.ledger")]
+    assert sorted(pid for part in written for pid in part) == sorted(pids)
+    assert len(written) >= 2
+    assert ends == [(b"", b"")] * 2
+
+
+# ===========================================================================
+# 12. House rules
+# ===========================================================================
+
+HOUSE_ARROWS = {  # room: the rooms it may use
+    0: "", 1: "", 2: "1", 3: "12", 4: "1", 5: "1234", 6: "124",
+    7: "1246", 8: "1235", 9: "12345", 10: "1246789",
+}  # fmt: skip
+HOUSE_INNOCENT = {(9, "signal_name"), (10, "wal_reset_bug")}  # pure, stateless
+HOUSE_SHORT_NAMES = {"db", "fd", "id", "at", "tz", "_"}
+HOUSE_SQL = re.compile(
+    r"\b(SELECT .+ FROM|INSERT (OR \w+ )?INTO|UPDATE \w+ SET|DELETE FROM|PRAGMA \w+"
+    r"|CREATE (TABLE|INDEX|TRIGGER)|BEGIN IMMEDIATE|COMMIT|ROLLBACK)\b",
+    re.DOTALL,
+)
+
+
+class HouseNames(ast.NodeVisitor):
+    """The names that code reads from outside its functions, less annotations."""
+
+    def __init__(self, statement):
+        self.found, self._bound = [], []
+        self.visit(statement)
+
+    def visit_FunctionDef(self, node):
+        given = node.args
+        for part in (*node.decorator_list, *given.defaults, *given.kw_defaults):
+            self.visit(part or ast.Pass())
+        parts = [part for statement in node.body for part in ast.walk(statement)]
+        self._bound.append(
+            {part.arg for part in ast.walk(given) if isinstance(part, ast.arg)}
+            | {
+                part.id
+                for part in parts
+                if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load)
+            }
+        )
+        for statement in node.body:
+            self.visit(statement)
+        self._bound.pop()
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_AnnAssign(self, node):
+        for part in filter(None, (node.target, node.value)):
+            self.visit(part)
+
+    def visit_Name(self, node):
+        bound = any(node.id in names for names in self._bound)
+        if isinstance(node.ctx, ast.Load) and not bound:
+            self.found.append((node.id, node.lineno))
+
+
+@pytest.fixture(scope="module")
+def house():
+    """[(room, top-level statement)] of procman.py, and {name: room}."""
+    text = PROCMAN.read_text(encoding="utf-8")
+    banners = [
+        (text.count("\n", 0, match.start()) + 1, int(match[1]))
+        for match in re.finditer(r"(?m)^# (\d+)\. ", text)
+    ]
+    assert [room for _, room in banners] == list(range(1, 11))
+    found, owners = [], {}
+    for statement in ast.parse(text).body:
+        room = max((room for at, room in banners if at < statement.lineno), default=0)
+        found.append((room, statement))
+        inner = ast.walk(statement) if isinstance(statement, ast.If) else [statement]
+        for node in inner:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                owners.setdefault(node.name, room)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for target in getattr(node, "targets", [getattr(node, "target", None)]):
+                    if isinstance(target, ast.Name):
+                        owners.setdefault(target.id, room)
+    return found, owners
+
+
+def house_functions(house):
+    return [
+        node
+        for _, statement in house[0]
+        for node in ast.walk(statement)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+
+def house_texts(room_and_statement):
+    """(text, line) of all strings but docstrings."""
+    _, statement = room_and_statement
+    docs = {
+        id(node.value) for node in ast.walk(statement) if isinstance(node, ast.Expr)
+    }
+    for node in ast.walk(statement):
+        found = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+        if isinstance(found, str) and id(node) not in docs:
+            yield found, node.lineno
+
+
+def test_a_room_uses_only_the_rooms_above_that_it_may_use(house):
+    found, owners = house
+    wrong = []
+    for room, statement in found:
+        for name, line in HouseNames(statement).found:
+            owner = owners.get(name, room)
+            allowed = owner in (room, 0) or (room, name) in HOUSE_INNOCENT
+            if not allowed and str(owner) not in HOUSE_ARROWS[room]:
+                wrong.append(f"line {line}: room {room} uses {name} of room {owner}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_underscored_name_stays_in_its_room(house):
+    found, owners = house
+    wrong = [
+        f"line {line}: room {room} uses {name} of room {owners[name]}"
+        for room, statement in found
+        for name, line in HouseNames(statement).found
+        if re.match("_[^_]", name) and owners.get(name, room) != room
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_room_4_asks_for_the_platform_and_only_room_5_speaks_sql(house):
+    wrong = []
+    for room, statement in house[0]:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                asked = f"{node.value.id}.{node.attr}"
+                if room != 4 and asked in ("os.name", "sys.platform"):
+                    wrong.append(f"line {node.lineno}: {asked} in room {room}")
+        for text, line in house_texts((room, statement)):
+            if room != 5 and HOUSE_SQL.search(text):
+                wrong.append(f"line {line}: SQL in room {room}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_statement_of_transition_writes_the_status(house):
+    writers, wrong = set(), []
+    stores = [entry for entry in house[0] if getattr(entry[1], "name", "") == "Store"]
+    for function in house_functions([stores]):
+        for node in ast.walk(function):
+            keys = node.keys if isinstance(node, ast.Dict) else []
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                keys = [node.slice]
+            if "status" in [getattr(key, "value", None) for key in keys]:
+                writers.add(function.name)
+    for entry in house[0]:
+        for text, line in house_texts(entry):
+            if re.search(r"\bSET\b(?:(?!\bWHERE\b).)*\bstatus\b", text, re.DOTALL):
+                wrong.append(f"line {line}: {text.strip()[:60]}")
+    assert (writers, wrong) == ({"transition"}, [])
+
+
+def test_functions_lines_and_names_keep_the_house_limits(house):
+    text = PROCMAN.read_text(encoding="utf-8")
+    wrong = [
+        f"line {number}: {len(line)} characters"
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > 88
+    ]
+    for function in house_functions(house):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        if length > 45 and function.name != "build_parser":
+            wrong.append(f"line {function.lineno}: {function.name} has {length} lines")
+    for node in (node for _, statement in house[0] for node in ast.walk(statement)):
+        name = getattr(node, "arg", None) or getattr(node, "name", None)
+        if isinstance(node, ast.alias):
+            name = node.asname
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            name = node.id
+        if isinstance(name, str) and len(name) < 3 and name not in HOUSE_SHORT_NAMES:
+            wrong.append(f"line {node.lineno}: the name {name!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_status_imports_none_of_the_slow_modules(home):
+    with contextlib.closing(ProcessManager(home / "x.db")) as found:
+        pid = found.start_process(ManagedProcess({}))
+    child = subprocess.run(
+        [sys.executable, "-S", "-X", "importtime", str(PROCMAN), "status", pid]
+        + ["--db", "x.db"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(child.stdout)["pid"] == pid
+    lines = child.stderr.decode().splitlines()
+    modules = {line.rpartition("|")[2].strip() for line in lines if "|" in line}
+    assert "sqlite3" in modules
+    slow = {"asyncio", "logging", "dataclasses", "subprocess", "typing", "traceback"}
+    assert modules & slow == set()
+
+
+def readme_text():
+    readme = HERE / "README.md"
+    assert readme.exists(), f"there is no {readme}"
+    return readme.read_text(encoding="utf-8")
+
+
+def readme_masked(text):
+    """What an example prints, less what differs from run to run."""
+    for pattern, word in [
+        (r"\b[0-9a-f]{32}\b", "PID"),
+        (r"\b\d{14}\b", "TIME"),
+        (r"\b\d+(\.\d+)? ?(ms|s|min)\b", "LENGTH"),
+    ]:
+        text = re.sub(pattern, word, text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+@posix
+def test_the_examples_of_the_readme_run_and_print_what_it_says(home):
+    examples = re.findall(
+        r"(?ms)^<!-- run -->\n+```(python|sh)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?",
+        readme_text(),
+    )
+    assert examples, "README.md has no ```python or ```sh block after <!-- run -->"
+    place, programs = home / "example", home / "programs"
+    for directory in (place, programs):
+        directory.mkdir()
+    (place / "procman.py").write_bytes(PROCMAN.read_bytes())
+    for name in ("python", "python3"):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        program.chmod(0o755)
+    search = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    for language, code, expected in examples:
+        start = ["sh", "-e", "-c"] if language == "sh" else [sys.executable, "-c"]
+        found = subprocess.run(
+            [*start, code],
+            cwd=place,
+            env={**os.environ, "PATH": search},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+            check=False,
+        )
+        printed = found.stdout.decode()
+        assert found.returncode == 0, f"{code}\n{printed}"
+        if expected:
+            assert readme_masked(printed) == readme_masked(expected), code
+
+
+def test_the_tables_of_the_readme_name_what_exists_and_every_command():
+    commands, top = parser_commands()
+    common = {option for action in top._actions for option in action.option_strings}
+    named, options, wrong, kind = set(), set(), [], None
+    for line in readme_text().splitlines():
+        cells = [cell.strip() for cell in line.replace("\\|", " ").split("|")]
+        if len(cells) < 3:
+            kind = None
+        elif kind is None:
+            kind = cells[1].lower()
+        elif kind == "option" and cells[1].startswith("`"):
+            options.add(cells[1].strip("`"))
+        elif kind == "command" and cells[1].startswith("`"):
+            words = set(re.findall(r"`([\w-]+)", cells[1]))
+            wrong += [f"no command {word}" for word in words - set(commands)]
+            named |= words
+            known = common.union(
+                option
+                for word in words & set(commands)
+                for action in commands[word]._actions
+                for option in action.option_strings
+            )
+            code = " ".join(re.findall("`([^`]*)`", " ".join(cells)))
+            found = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", code)
+            wrong += [f"{words} has no {word}" for word in found if word not in known]
+    assert not wrong, "\n".join(wrong)
+    assert named == set(commands)
+    assert options == set(procman.OPTIONS)
