@@ -1324,9 +1324,10 @@ class OutputFile:
         with contextlib.suppress(OSError):
             fd = private_file(self.path, os.O_WRONLY)
             try:
-                os.ftruncate(fd, 0)
+                # In this order a reader finds the first line at any moment.
                 line = self._line(owner, printed.cut)
-                os.write(fd, line + printed.head + printed.tail)
+                kept = os.write(fd, line + printed.head + printed.tail)
+                os.ftruncate(fd, kept)
             finally:
                 os.close(fd)
 
