@@ -1265,6 +1265,7 @@ class OutputFile:
         self.path = path
         self._fd = -1
         self._first_line = b""
+        self._size_read = 0
 
     def create(self) -> int:
         """Make the file; return a descriptor that appends, for the child."""
@@ -1297,8 +1298,8 @@ class OutputFile:
             with open(self.path, "rb") as file:
                 owner, _, cut = file.readline(200).decode("latin-1").rpartition(" ")
                 head = file.read(OUTPUT_HEAD_BYTES)
-                start, size = file.tell(), os.fstat(file.fileno()).st_size
-                file.seek(max(start, size - OUTPUT_TAIL_BYTES))
+                start, self._size_read = file.tell(), os.fstat(file.fileno()).st_size
+                file.seek(max(start, self._size_read - OUTPUT_TAIL_BYTES))
                 skipped = file.tell() - start
                 return owner, Printed(head, int(cut) + skipped, file.read())
         except (OSError, ValueError):  # gone, or not begun
@@ -1327,6 +1328,9 @@ class OutputFile:
                 # In this order a reader finds the first line at any moment.
                 line = self._line(owner, printed.cut)
                 kept = os.write(fd, line + printed.head + printed.tail)
+                more = os.fstat(fd).st_size - self._size_read  # printed meanwhile
+                os.lseek(fd, 0, os.SEEK_SET)
+                os.write(fd, self._line(owner, printed.cut + more))
                 os.ftruncate(fd, kept)
             finally:
                 os.close(fd)
