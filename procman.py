@@ -1485,6 +1485,7 @@ class Store:
         self._known: tuple[str, int] | None = None
         self._updates: dict[Any, str] = {}
         self._commits = 0
+        self._wal_limit = WAL_BYTES
         self._durable = True
 
     # --- opening -----------------------------------------------------------
@@ -1577,6 +1578,7 @@ class Store:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA wal_autocheckpoint = 0")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES // 2}")  # when it is reset
         if version == SCHEMA_VERSION:
             return
         db.execute("PRAGMA journal_mode = WAL")
@@ -1697,10 +1699,15 @@ class Store:
         log meanwhile (the fault of `wal_reset_bug`).
         """
         try:
-            if os.stat(self.path + "-wal").st_size < WAL_BYTES:
-                return
+            size = os.stat(self.path + "-wal").st_size
         except OSError:
             return
+        if size < self._wal_limit:
+            self._wal_limit = min(self._wal_limit, max(size, WAL_BYTES))
+            return
+        self._wal_limit = (
+            size + WAL_BYTES
+        )  # not at each commit while a reader hinders it
         guard = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         try:
             guard.execute("BEGIN IMMEDIATE")

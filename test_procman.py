@@ -4833,3 +4833,181 @@ def test_the_tables_of_the_readme_name_what_exists_and_every_command():
     assert not wrong, "\n".join(wrong)
     assert named == set(commands)
     assert options == set(procman.OPTIONS)
+
+
+# ===========================================================================
+# 13. Benchmarks: `make bench`
+# ===========================================================================
+#
+# Each prints what it measures beside a floor that is measured in the same run, for
+# machines differ.  They assert only that the work was done.
+
+
+def report(what, value, unit, floor="", ratio=None):
+    """One line of the table."""
+    print(f"\n{what:58} {value:10,.2f} {unit:8} {floor:34}", end="")
+    print("" if ratio is None else f" {ratio:6.2f} x", end="")
+
+
+def milliseconds(action, times):
+    """The durations of so many calls, sorted."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        action()
+        found.append((time.perf_counter() - began) * 1000)
+    return sorted(found)
+
+
+def median(values):
+    return values[len(values) // 2]
+
+
+@pytest.fixture
+def floor(home):
+    """A bare table on the same disk, and a function that commits one row."""
+    with contextlib.closing(sqlite3.connect(home / "floor.db")) as db:
+        db.isolation_level = None
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("CREATE TABLE row (id INTEGER PRIMARY KEY, data TEXT)")
+
+        def commit(rows=1):
+            db.execute("BEGIN IMMEDIATE")
+            for _ in range(rows):
+                db.execute("INSERT INTO row (data) VALUES (?)", ('{"n": 1}',))
+            db.execute("COMMIT")
+
+        yield commit
+
+
+def bench_drain(home, floor):
+    count = 10_000
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        process = steps("steps:add_one")
+        began = time.perf_counter()
+        manager.start_many((process, {"n": number}) for number in range(count))
+        report("start_many", count / (time.perf_counter() - began), "1/s")
+        began = time.perf_counter()
+        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
+        per_second = count / (time.perf_counter() - began)
+        bare = 64000 / median(milliseconds(lambda: floor(64), 100))
+        report(
+            "drain of 10,000 no-op processes, 2 workers, with start-up",
+            *(per_second, "1/s", f"bare rows in groups of 64: {bare:,.0f}/s"),
+            per_second / bare,
+        )
+        assert manager.count(status="finished") == count
+
+
+def bench_pipelines(home):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        process = steps(*["steps:add_one"] * 5)
+        manager.start_many((process, {"text": "x" * 1000}) for _ in range(1000))
+        began = time.perf_counter()
+        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
+        report("pipelines of 5 steps", 1000 / (time.perf_counter() - began), "1/s")
+        assert manager.list_processes(limit=1)[0].output["n"] == 5
+
+
+def bench_start_to_result(home, floor):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        process = steps("steps:add_one")
+        with running(manager, "--max-workers", "2"):
+
+            def once():
+                manager.wait(manager.start_process(process), 10)
+
+            milliseconds(once, 20)
+            found = milliseconds(lambda: (time.sleep(0.03), once()), 200)
+            found = [value - 30 for value in found]
+            bare = (
+                2 * median(milliseconds(lambda: (time.sleep(0.03), floor()), 50)) - 60
+            )
+            words = f"two bare commits: {bare:.2f} ms"
+            report("start to result, idle runner, median", median(found), "ms", words)
+            report("... 99th percentile", found[197], "ms")
+            assert manager.count(status="finished") == 220
+
+
+def bench_start(home, floor):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        process = steps("steps:add_one")
+        bare = 1000 / median(milliseconds(floor, 500))
+        alone = 1000 / median(milliseconds(lambda: manager.start_process(process), 500))
+        words = f"bare INSERT and COMMIT: {bare:,.0f}/s"
+        report("start of one, no runner", alone, "1/s", words, alone / bare)
+
+
+def bench_fairness(home):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        process = steps("steps:add_one")
+        manager.start_many((process, {"n": 1}) for _ in range(30_000))
+        with running(manager, "--max-workers", "2"):
+            found = milliseconds(lambda: manager.start_process(process), 500)
+            assert manager.count(status="queued") > 0, "the runner was done too soon"
+            report("start beside a runner at full speed, median", median(found), "ms")
+            report("... 99th percentile", found[495], "ms")
+
+
+def bench_commands(home):
+    count = 500
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        manager.start_many([steps({"command": ["true"]})] * count)
+        began = time.perf_counter()
+        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
+        per_second = count / (time.perf_counter() - began)
+        shell = f"seq {count} | xargs -P2 -n1 true"
+        bare = count * 1000 / median(milliseconds(lambda: os.system(shell), 3))
+        words = f"xargs -P2: {bare:,.0f}/s"
+        report("commands, 2 at once", per_second, "1/s", words, per_second / bare)
+        assert manager.count(status="finished") == count
+
+
+def bench_shell(home):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        pid = manager.start_process(steps("steps:add_one"))
+    python, words = sys.executable, ["status", pid, "--db", str(home / "procman.db")]
+    kinds = {
+        "imports": [python, "-c", "import sqlite3, json, argparse"],
+        "status": [python, str(PROCMAN), *words],
+        "status with python -m": [python, "-m", "procman", *words],
+    }
+    found = {kind: [] for kind in kinds}
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": str(HERE)}
+    for _ in range(20):
+        for kind, command in kinds.items():
+            child = {"check": True, "stdout": subprocess.DEVNULL, "env": environment}
+            found[kind] += milliseconds(lambda: subprocess.run(command, **child), 1)
+    bare = median(sorted(found.pop("imports")))
+    for kind, values in found.items():
+        value = median(sorted(values))
+        report(
+            f"{kind} from the shell",
+            value,
+            "ms",
+            f"imports: {bare:.1f} ms",
+            value / bare,
+        )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def bench_idle(home):
+    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
+        with running(manager, "--max-workers", "1") as child:
+            manager.wait(manager.start_process(steps("steps:add_one")), 10)
+            below = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text()
+            family = [child.pid, *map(int, below.split())]
+
+            def used():
+                stats = [Path(f"/proc/{pid}/schedstat").read_text() for pid in family]
+                return sum(int(text.split()[0]) for text in stats) / 1e9
+
+            time.sleep(2)
+            before = used()
+            time.sleep(10)
+            report("idle runner and worker", (used() - before) * 10, "% core")
+            maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family]
+            sizes = [int(re.search(r"Pss: *(\d+)", text)[1]) for text in maps]
+            report("... proportional set size", sum(sizes) / 1024, "MiB")
+            assert len(family) == 2
