@@ -81,6 +81,7 @@ __all__ = [
     "ProcessStep",
     "ProcmanError",
     "Runner",
+    "StepError",
     "StepExecutor",
     "StorageError",
     "WaitTimeout",
@@ -109,6 +110,7 @@ MAX_STEPS = 10_000  # of one process
 MAX_NAME = 200  # characters of a step's or a process's name
 MAX_JSON_BYTES = 64 << 20  # of one process's data
 MAX_JSON_DEPTH = 200  # of brackets; Python's own parser gives up near 1,000
+MAX_FRAME_BYTES = MAX_JSON_BYTES + (16 << 20)  # of what a worker says at once
 MAX_TRACEBACK = 16 << 10  # characters kept of one traceback
 MAX_MESSAGE = 4 << 10  # characters kept of one error message
 OUTPUT_HEAD_BYTES = 64 << 10  # what is kept of a process's output: the first ...
@@ -125,10 +127,21 @@ INTERRUPTED_EXIT, TIMED_OUT_EXIT = 6, 124
 BROKEN_PIPE_EXIT = 70  # of a worker that has lost its runner to a step
 
 
+def _rebuild(kind: Any, args: Any, facts: Json) -> Exception:
+    error: Exception = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
 class ProcmanError(Exception):
     """What procman refuses or reports; `exit_code` is the command line's."""
 
     exit_code = FAILED
+
+    def __reduce__(self) -> Any:
+        """For pickle: with its text and its facts, however it was made."""
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class BadSpec(ProcmanError, ValueError):
@@ -201,6 +214,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """The same, on one line: a message can forge no second one."""
+    return printable(" ".join(text.splitlines()))
+
+
 def _place(path: Any) -> str:
     """`data.rows[3].name`, from the linked pairs that `_check` hands down."""
     if isinstance(path, str):
@@ -259,8 +277,12 @@ def to_json(value: Any, where: str = "data") -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
+        names = iter(sorted(key for key, _ in pairs))
+        before = next(names)
+        for twice in names:
+            if twice == before:
+                break
+            before = twice
         raise BadSpec(f"the key {quoted(twice)} stands twice in one object")
     return found
 
@@ -299,7 +321,11 @@ def expect_number(value: Any, where: str, low: float, high: float) -> Any:
     if isinstance(low, int):
         expect(value, where, int, "a whole number")
     if not low <= expect(value, where, (int, float), "a number") <= high:
-        raise BadSpec(f"{where} must be {low:g} to {high:g}, not {quoted(value)}")
+        limits = " to ".join(
+            f"{limit:g}" if isinstance(limit, float) else str(limit)
+            for limit in (low, high)
+        )
+        raise BadSpec(f"{where} must be {limits}, not {quoted(value)}")
     return value
 
 
@@ -668,14 +694,10 @@ class Outcome(
 
 def make_error(step: str | None, kind: str, message: str, **more: Any) -> Json:
     """A failure's record: `{step, type, message, traceback, exit_code, signal}`."""
-    return {
-        "step": step,
-        "type": kind,
-        "message": shorten(message, MAX_MESSAGE),
-        "traceback": more.get("traceback"),
-        "exit_code": more.get("exit_code"),
-        "signal": more.get("signal"),
-    }
+    message = message.encode("utf-8", "backslashreplace").decode()
+    record = {"step": step, "type": kind, "message": shorten(message, MAX_MESSAGE)}
+    facts = ("traceback", "exit_code", "signal")
+    return {**record, **{name: more.get(name) for name in facts}}
 
 
 _TIMES = ("created_at", "started_at", "finished_at", "due_at")
@@ -982,6 +1004,12 @@ if sys.platform == "win32":
             return "is not a regular file"
         return None
 
+    def traces() -> Any:
+        """What a step may leave in its worker that would harm the next one's."""
+        import signal
+
+        return signal.getsignal(signal.SIGTERM)
+
     def stop_signals() -> tuple[int, ...]:
         """The signals that ask a runner to stop."""
         import signal
@@ -1159,14 +1187,34 @@ else:
         if found.st_uid != os.geteuid() and not (directory and found.st_uid == 0):
             return f"belongs to another user (uid {found.st_uid})"
         if found.st_mode & 0o022:
-            return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+            mode = stat.S_IMODE(found.st_mode)
+            return f"may be written by others (mode {mode:o}; chmod go-w helps)"
         return None
+
+    def traces() -> Any:
+        """What a step may leave in its worker that would harm the next one's."""
+        import resource
+        import signal
+
+        umask = os.umask(0o077)
+        os.umask(umask)
+        alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return umask, alarm, files, signal.getsignal(signal.SIGTERM)
 
     def stop_signals() -> tuple[int, ...]:
         """The signals that ask a runner to stop."""
         import signal
 
         return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def end_by_sigterm() -> None:
+    """End this process as if it had never handled SIGTERM."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def signal_name(number: int) -> str:
@@ -1301,7 +1349,9 @@ class OutputFile:
                 start, self._size_read = file.tell(), os.fstat(file.fileno()).st_size
                 file.seek(max(start, self._size_read - OUTPUT_TAIL_BYTES))
                 skipped = file.tell() - start
-                return owner, Printed(head, int(cut) + skipped, file.read())
+                # A step that prints fast has no end to read to.
+                tail = file.read(OUTPUT_TAIL_BYTES)
+                return owner, Printed(head, int(cut) + skipped, tail)
         except (OSError, ValueError):  # gone, or not begun
             return "", Printed()
 
@@ -1473,7 +1523,12 @@ class Store:
     def __init__(
         self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
     ):
-        self.path = os.path.abspath(path)
+        try:
+            self.path = os.path.abspath(path)
+        except OSError:
+            raise StorageError(
+                f"where is {path}? The current directory does not exist any more"
+            ) from None
         self.now = now
         self.run_directory = self.path + ".run"
         self._create = create
@@ -1556,6 +1611,13 @@ class Store:
             reason = unsafe(path) if os.path.lexists(path) else None
             if reason:
                 raise StorageError(f"the database {path} {reason}: refused")
+        self._check_directory(directory)
+
+    @staticmethod
+    def _check_directory(path: str) -> None:
+        reason = unsafe(path, directory=True)
+        if reason:
+            raise StorageError(f"the directory {path} {reason}: refused")
 
     def _check_header(self, db: Connection) -> int:
         """The schema's version, 0 for an empty file; refuse all that is not ours."""
@@ -1599,19 +1661,14 @@ class Store:
                 db.execute("ROLLBACK")
 
     def make_run_directory(self) -> None:
-        """The private directory for the files of runners; refuse a foreign one.
-
-        Raises StorageError also where others may write to the database's directory.
-        """
+        """The private directory for the files of runners; refuse a foreign one."""
         with self._troubles():
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.run_directory, 0o700)
-            for path in (os.path.dirname(self.path), self.run_directory):
-                reason = unsafe(path, directory=True)
-                if path == self.run_directory and os.path.islink(path):
-                    reason = "is a symbolic link"
-                if reason:
-                    raise StorageError(f"the directory {path} {reason}: refused")
+            if os.path.islink(self.run_directory):
+                raise StorageError(f"{self.run_directory} is a symbolic link: refused")
+            self._check_directory(os.path.dirname(self.path))
+            self._check_directory(self.run_directory)
 
     def close(self) -> None:
         """Close the connection; the next use opens it again."""
@@ -1631,6 +1688,8 @@ class Store:
             raise  # a mistake in this file
         except sqlite3.Error as error:
             text = str(error)
+            if "disk I/O" in text and not self._room_on_disk():
+                text = "full"
             for part, meaning in _TROUBLES.items():
                 if part in text:
                     kind = Busy if part in ("locked", "full") else StorageError
@@ -1640,6 +1699,12 @@ class Store:
             raise StorageError(
                 f"the database {self.path}: {error.strerror}: {error.filename}"
             ) from error
+
+    def _room_on_disk(self) -> bool:
+        """Whether SQLite could have made its shared memory there."""
+        import shutil
+
+        return shutil.disk_usage(os.path.dirname(self.path)).free >= 1 << 16
 
     def _retry(self, action: Callable[[], Any], wait: float = BUSY_SECONDS) -> Any:
         """Do it, again and again while another holds the lock.
@@ -1790,8 +1855,14 @@ class Store:
         if number not in self._definitions:
             if len(self._definitions) > 256:
                 self._definitions.clear()
-            row = self.read("SELECT text FROM definition WHERE id = ?", (number,))[0]
-            self._definitions[number] = Definition(row[0])
+            sql = "SELECT text FROM definition WHERE id = ?"
+            try:
+                self._definitions[number] = Definition(self.read(sql, (number,))[0][0])
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise StorageError(
+                    f"the database {self.path} has been changed by hand: no sound"
+                    f" definition {number}"
+                ) from error
         return self._definitions[number]
 
     def find(self, pid: str) -> Row:
@@ -1819,10 +1890,15 @@ class Store:
 
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
         rows = self.read(f"{self._SHOWN} {clause}", parameters)
-        return [
-            ProcessInfo.from_row(row, self.definition(row["definition"]))
-            for row in rows
-        ]
+        try:
+            return [
+                ProcessInfo.from_row(row, self.definition(row["definition"]))
+                for row in rows
+            ]
+        except (ValueError, TypeError) as error:
+            raise StorageError(
+                f"the database {self.path} has been changed by hand: {error}"
+            ) from error
 
     @staticmethod
     def _filter(
@@ -1842,6 +1918,7 @@ class Store:
             terms.append("(" + " OR ".join(alternatives) + ")")
         for column, value in (("name", name), ("queue", queue)):
             if value is not None:
+                expect_text(value, column)
                 terms.append(f"process.{column} = ?")
                 parameters.append(value)
         return "WHERE " + " AND ".join(terms), parameters
@@ -1960,7 +2037,8 @@ class Store:
             SELECT p.id, p.pid, p.claim, p.attempt, p.crashes, p.step_index,
                    p.definition, p.started_at, p.due_at, data.data
               FROM process AS p
-              JOIN data ON data.process = p.id AND data.step_index = p.step_index
+              LEFT JOIN data
+                ON data.process = p.id AND data.step_index = p.step_index
              WHERE p.status = 'queued'"""
         rows: list[Row] = []
         if pid is not None:
@@ -1973,18 +2051,30 @@ class Store:
                     ORDER BY p.due_at, p.id LIMIT ?""",
                     (priority, queue, now, limit - len(rows)),
                 ).fetchall()
-            due.sort(key=lambda row: (row["due_at"], row["id"]))
+            if len(due) > 1:
+                due.sort(key=lambda row: (row["due_at"], row["id"]))
             rows += due[: limit - len(rows)]
             if len(rows) >= limit:
                 break
-        return [self._claim(db, runner, row, now) for row in rows]
+        claimed = (self._claim(db, runner, row, now) for row in rows)
+        return [held for held in claimed if held is not None]
 
-    def _claim(self, db: Connection, runner: int, row: Row, now: float) -> Held:
+    def _claim(self, db: Connection, runner: int, row: Row, now: float) -> Held | None:
+        """Claim one; None where its rows are damaged, which is its error."""
         columns = {"runner": runner, "claim": row["claim"] + 1}
         if row["started_at"] is None:
             columns["started_at"] = now
         self.transition(db, "claim", row["id"], columns)
-        definition = self.definition(row["definition"])
+        try:
+            definition = self.definition(row["definition"])
+            if not isinstance(row["data"], str) or not definition.step_name(
+                row["step_index"]
+            ):
+                raise StorageError(f"the database {self.path} has lost the step's data")
+        except StorageError as error:
+            failure = to_json(make_error(None, "StorageError", str(error)))
+            self.transition(db, "fail", row["id"], {"error": failure, "runner": None})
+            return None
         timeout = definition.option("timeout")
         return Held(
             row["id"],
@@ -2211,7 +2301,7 @@ class Store:
             old = [
                 row
                 for row in rows
-                if row["status"] in FINAL_STATES and row["finished_at"] <= limit
+                if row["status"] in FINAL_STATES and (row["finished_at"] or 0) <= limit
             ]
             if old:
                 with self.transaction(wait=wait) as db:
@@ -2368,12 +2458,14 @@ _context: Context | None = None
 
 def current() -> Context:
     """The running step's pid, step, attempt, key, progress(), log() and cancelled."""
-    if _context is None:
+    # A copy inside a package asks the one that the worker runs.
+    found = _context or getattr(sys.modules.get("procman"), "_context", None)
+    if found is None:
         raise ProcmanError("current() is for code that runs inside a step")
-    return _context
+    return found
 
 
-class StepError(Exception):
+class StepError(ProcmanError):
     """A step failed in a way that has no exception of its own to show."""
 
     def __init__(self, kind: str, message: str, **more: Any):
@@ -2604,9 +2696,13 @@ def build_step(spec: Any, services: Services, directory: str) -> Any:
         return step
     if (isinstance(spec, str) or "call" in spec) and callable(step):
         return _FunctionStep(step)
+    named = (
+        spec
+        if isinstance(spec, str)
+        else spec.get("class") or spec.get("factory") or spec.get("call")
+    )
     raise StepError(
-        "TypeError",
-        f"{to_json(spec)} gives a {type(step).__name__} that has no execute(data)",
+        "TypeError", f"{named} gives a {type(step).__name__} that has no execute(data)"
     )
 
 
@@ -2717,12 +2813,8 @@ def describe_failure(step: str, error: BaseException) -> Json:
     except BaseException:
         text = "(no traceback)"
     clean = text.encode("utf-8", "backslashreplace").decode()
-    return make_error(
-        step,
-        type(error).__name__,
-        message.encode("utf-8", "backslashreplace").decode(),
-        traceback=shorten(clean, MAX_TRACEBACK),
-    )
+    short = shorten(clean, MAX_TRACEBACK)
+    return make_error(step, type(error).__name__, message, traceback=short)
 
 
 class StepExecutor:
@@ -2781,6 +2873,9 @@ class StepExecutor:
 # and in a report that has data a tab and that data as JSON text.
 
 
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
 class _Stopped(BaseException):
     """SIGTERM: the runner wants this step to end."""
 
@@ -2794,13 +2889,18 @@ class _Connection:
         os.dup2(null, 0)
         os.close(null)
         os.dup2(2, 1)  # print() goes where errors go: to the output file
-        self._inodes = {fd: os.fstat(fd).st_ino for fd in (0, 1, 2, self._writing)}
+        fds = (0, 1, 2, self._reading, self._writing)
+        self._inodes = {fd: os.fstat(fd).st_ino for fd in fds}
         self._turn = threading.Lock()
+        self._os_pid = os.getpid()
 
-    def intact(self, fds: Iterable[int] = (0, 1, 2)) -> bool:
-        """Whether the steps have left these descriptors alone."""
+    def intact(self) -> bool:
+        """Whether the steps have left our descriptors and the standard ones alone."""
+        return all(map(self._is_ours, self._inodes))
+
+    def _is_ours(self, fd: int) -> bool:
         try:
-            return all(os.fstat(fd).st_ino == self._inodes[fd] for fd in fds)
+            return os.fstat(fd).st_ino == self._inodes[fd]
         except OSError:
             return False
 
@@ -2822,7 +2922,9 @@ class _Connection:
         line = json.dumps(header) + ("" if data is None else "\t" + data) + "\n"
         content = memoryview(line.encode())
         with self._turn:
-            if not self.intact((self._writing,)):
+            if os.getpid() != self._os_pid:
+                os._exit(0)  # a child that a step has forked: it does not speak for it
+            if not self._is_ours(self._writing):
                 os._exit(
                     BROKEN_PIPE_EXIT
                 )  # a step has closed our pipe, and its number is another's
@@ -2834,30 +2936,36 @@ class _Sources:
     """The files that this worker has imported, to notice when one has changed."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._seen: dict[str, tuple[int, int, int] | None] = {}
         self._modules = 0
         self._looked_at = self._cost = 0.0
-        prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix}
-        self._system = tuple(os.path.join(prefix, "") for prefix in prefixes)
+        self._system = os.path.join(os.path.dirname(os.__file__), "")
 
     @staticmethod
-    def _stamp(path: str) -> tuple[int, int] | None:
+    def _stamp(path: str) -> tuple[int, int, int] | None:
         try:
             found = os.stat(path)
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
-    def note(self) -> None:
-        """Remember what has been imported since."""
+    def note(self, began_at: float) -> None:
+        """Remember what has been imported since; wall time, of when the step began.
+
+        What was written later, or just before, may not be what was imported.
+        """
         if len(sys.modules) == self._modules:
             return
         self._modules = len(sys.modules)
         for module in list(sys.modules.values()):
-            path = getattr(module, "__file__", None)
+            path = None
+            with contextlib.suppress(Exception):  # modules may be anything
+                path = module.__file__
             if isinstance(path, str) and path not in self._seen:
                 system = path.startswith(self._system) and "site-packages" not in path
-                self._seen[path] = None if system else self._stamp(path)
+                stamp = None if system else self._stamp(path)
+                late = stamp is not None and max(stamp[:2]) > (began_at - 0.01) * 1e9
+                self._seen[path] = (0, 0, 0) if late else stamp
 
     def changed(self) -> str | None:
         """A file that is not what was imported; at most 5 % of the time goes here."""
@@ -2881,7 +2989,7 @@ def _streams_closed() -> bool:
     streams: Any = (sys.__stdout__, sys.__stderr__)
     try:
         return any(stream.closed for stream in streams)
-    except ValueError:
+    except (ValueError, AttributeError):
         return True
 
 
@@ -2900,22 +3008,27 @@ class _Worker:
         self._services = hello["services"]
         self._registry: Services | None = None
         self._home: str | None = None
-        self._base = os.getcwd()
+        self._services_directory = hello["directory"]
         self._sources = _Sources()
         self._stopped = threading.Event()
         self._progress_at = 0.0
+        self._reported: Json = {}
+        self._os_pid = os.getpid()
+        self._traces: Any = None
 
     def read(self, frames: Iterator[bytes]) -> None:
         """Take frames in (a thread of its own); when they end the runner is gone."""
-        for line in frames:
-            header = json.loads(line)
-            if "give_back" in header:
-                self._connection.send({"given_back": self._give_back()})
-            else:
-                self._inbox.put(header)
+        with contextlib.suppress(OSError):  # a step has closed it
+            for line in frames:
+                header, _, data = line.partition(b"\t")
+                order = json.loads(header)
+                if "give_back" in order:
+                    self._connection.send({"given_back": self._give_back()})
+                else:
+                    self._inbox.put({**order, "data": data})
         kill_children()
         self._output.remove()
-        os._exit(0)
+        os._exit(0 if self._connection.intact() else BROKEN_PIPE_EXIT)
 
     def _give_back(self) -> list[int]:
         """Take out what has not begun; the runner has better use for it."""
@@ -2929,6 +3042,7 @@ class _Worker:
 
     def run(self) -> None:
         """Serve until this worker should be replaced."""
+        self._traces = traces()
         while True:
             order = self._inbox.get()
             reason = self._unfit(order)
@@ -2951,7 +3065,7 @@ class _Worker:
         if self._home is None:  # one directory a worker: its modules shadow others'
             self._home = order["directory"]
             if self._home not in sys.path:
-                sys.path.append(self._home)
+                sys.path.insert(sys.path.index(_HERE), self._home)
         elif self._home != order["directory"]:
             return f"has imported from {self._home}"
         changed = self._sources.changed()
@@ -2960,7 +3074,7 @@ class _Worker:
     def _perform(self, order: Json) -> tuple[Json, str | None]:
         """Run one step and make its report."""
         report: Json = {"id": order["id"]}
-        data, began = None, time.perf_counter()
+        data, began, began_at = None, time.perf_counter(), time.time()
         self._output.begin(f"{order['pid']} {order['claim']} {order['index']}")
         try:
             report["ending"], data = self._execute(order)
@@ -2969,14 +3083,15 @@ class _Worker:
         except BaseException as error:
             report["ending"] = "error"
             report["error"] = describe_failure(order["step"], error)
-        self._sources.note()
+        self._sources.note(began_at)
         for stream in (sys.__stdout__, sys.__stderr__):
             with contextlib.suppress(Exception):
                 stream.flush()  # type: ignore[union-attr]
         if self._output.has_some():
             head, cut, tail = self._output.read()[1]
             report["printed"] = [head.decode("latin-1"), cut, tail.decode("latin-1")]
-        if not self._connection.intact() or _streams_closed() or children_left():
+        whole = self._connection.intact() and not _streams_closed()
+        if not whole or self._traces != traces() or children_left():
             report["spent"] = True
         report["took"] = time.perf_counter() - began
         return report, data
@@ -2990,19 +3105,24 @@ class _Worker:
             lambda progress: self._report_progress(order["id"], progress),
             self._stopped,
         )
+        order["data"] = expect_object(json.loads(order["data"]))
         order["script_args"], order["database"] = self._script_args, self._database
         self._progress_at = 0.0
         try:
-            result, interrupts = execute_step(order, self._find_services(), context)
+            services = self._find_services(order["spec"])
+            result, interrupts = execute_step(order, services, context)
         finally:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         where = f"the output of step {order['step']!r}"
         data = None if result is None else to_json(expect_object(result, where), where)
         return "interrupt" if interrupts else "done", data
 
-    def _find_services(self) -> Services:
+    def _find_services(self, spec: Any) -> Services:
+        if isinstance(spec, str) or "services" not in spec:
+            return Services()
         if self._registry is None:
-            factories = resolve(self._services, self._base) if self._services else {}
+            place = self._services_directory
+            factories = resolve(self._services, place) if self._services else {}
             if not isinstance(factories, Mapping):
                 raise StepError(
                     "TypeError", f"{self._services} is not a dict of factories"
@@ -3012,13 +3132,19 @@ class _Worker:
 
     def _report_progress(self, number: int, progress: Json) -> None:
         """At most twice a second, but never lose the end."""
-        now = time.monotonic()
-        if now - self._progress_at >= 0.5 or progress["done"] == progress["total"]:
-            self._progress_at = now
+        now, last = time.monotonic(), progress["done"] == progress["total"]
+        if now - self._progress_at >= 0.5 or (last and progress != self._reported):
+            self._progress_at, self._reported = now, progress
             self._connection.send({"id": number, "progress": progress})
 
+    def stopped(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self._stopped.is_set()
+
     def stop(self, *_: Any) -> None:
-        """SIGTERM: let the step unwind, then end."""
+        """SIGTERM: let the step unwind, then end; a child that it forked ends now."""
+        if os.getpid() != self._os_pid:
+            end_by_sigterm()
         self._stopped.set()
         raise _Stopped
 
@@ -3032,18 +3158,28 @@ def worker_main() -> int:
         stream.reconfigure(  # type: ignore[union-attr]
             encoding="utf-8", errors="backslashreplace", line_buffering=True
         )
-    here = os.path.dirname(os.path.abspath(__file__))
-    # Without the '' of `python -c`: it means wherever a step works, before all else.
-    sys.path[:] = [here, *(place for place in sys.path if place not in ("", here))]
+    # Behind the standard library, whose modules no file of a project should replace,
+    # before what is installed; and without the '' of `python -c`.
+    found = [place for place in sys.path if place not in ("", _HERE)]
+    sites = (
+        number for number, place in enumerate(found) if place.endswith("-packages")
+    )
+    index = next(sites, len(found))
+    sys.path[:] = [*found[:index], _HERE, *found[index:]]
     frames = connection.lines()
     worker = _Worker(connection, json.loads(next(frames)))
     adopt_orphans()
     signal.signal(signal.SIGTERM, worker.stop)
     connection.send({"ready": os.getpid()})
     threading.Thread(target=worker.read, args=(frames,), daemon=True).start()
-    with contextlib.suppress(_Stopped):
+    try:
         worker.run()
-    return 0
+        if not worker.stopped():
+            return 0
+    except _Stopped:
+        pass
+    end_by_sigterm()
+    return FAILED
 
 
 # ===========================================================================
@@ -3214,21 +3350,23 @@ class ProcessManager:
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """All of them, in order, once each is final or interrupted."""
-        return self._wait(list(pids), None, timeout)
+        return self._wait(pids, None, timeout)
 
     def wait_any(
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """Those that are final or interrupted, as soon as there is one."""
-        return self._wait(list(pids), 1, timeout)
+        return self._wait(pids, 1, timeout)
 
     def _wait(
-        self, pids: list[str], enough: int | None, timeout: float | None
+        self, wanted: Iterable[str], enough: int | None, timeout: float | None
     ) -> list[ProcessInfo]:
+        if isinstance(wanted, str):
+            raise BadType("pids must be a list of texts, not one text")
         deadline = (
             None if timeout is None else time.monotonic() + seconds(timeout, "timeout")
         )
-        pids = [self.store.find(pid)["pid"] for pid in pids]
+        pids = [self.store.find(pid)["pid"] for pid in wanted]
         open_pids, settled = list(pids), set()
         turn, version = 0, (-1, -1)
         while open_pids:
@@ -3307,6 +3445,7 @@ class WorkerHandle:
         self.head_since = 0.0  # monotonic: since when the first of `held` runs
         self.pace = AHEAD_SECONDS  # what a step takes here, rather too long
         self.asked_back = False
+        self.garbled: str | None = None  # what was wrong with what it said
         self.child: asyncio.subprocess.Process | None = None
         self.tree: Tree | None = None
         self._alone = False
@@ -3316,16 +3455,20 @@ class WorkerHandle:
         """Start the child; raises OSError."""
         import asyncio
 
-        here, name = os.path.split(os.path.abspath(__file__))
-        # Imported, not run as a script: Python keeps its bytecode.
+        # Imported from its path, not run as a script: Python keeps its bytecode; and
+        # named procman, as the steps know it.
         boot = (
-            "import sys; sys.path.insert(0, sys.argv.pop(1));"
-            f" import {name[:-3]} as procman; sys.exit(procman.main())"
+            "import sys; sys.path[:] = filter(None, sys.path);"  # not from wherever we are
+            "import importlib.util as util;"
+            "spec = util.spec_from_file_location('procman', sys.argv.pop(1));"
+            "sys.modules['procman'] = procman = util.module_from_spec(spec);"
+            "spec.loader.exec_module(procman); sys.exit(procman.main())"
         )
+        path = os.path.abspath(__file__)
         appending = self.output.create()
         try:
             self.child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", boot, here, WORKER_COMMAND),
+                *(sys.executable, "-c", boot, path, WORKER_COMMAND),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=appending,
@@ -3341,10 +3484,15 @@ class WorkerHandle:
         self.flush()
 
     async def frames(self) -> Any:
-        """What the child says, some at a time: lists of (header, data or None)."""
+        """What the child says, some at a time: lists of (header, data or None).
+
+        Raises ValueError for what no worker says: a step has got at its pipe.
+        """
         assert self.child and self.child.stdout
         parts: list[bytes] = []
         while True:
+            if sum(map(len, parts)) > MAX_FRAME_BYTES:
+                raise ValueError("a frame without an end")
             chunk = await self.child.stdout.read(1 << 20)
             if not chunk:
                 return
@@ -3385,8 +3533,9 @@ class WorkerHandle:
         self.held[held.id] = held
         self._orders.append(
             f'{held.definition.order(held.step_index)},"id":{held.id},'
-            f'"pid":"{held.pid}","claim":{held.claim},"attempt":{held.attempt},'
-            f'"data":{held.data}}}\n'
+            f'"pid":"{held.pid}","claim":{held.claim},"attempt":{held.attempt}}}\t'
+            + held.data.replace("\n", " ")  # which only a hand can have put there
+            + "\n"
         )
 
     def flush(self) -> None:
@@ -3413,6 +3562,7 @@ class WorkerHandle:
 
     def take(self, number: int, took: float) -> Held | None:
         """A step has been reported: it is held no more; the next one has begun."""
+        took = took if took > 1e-6 else 1e-6  # whatever a step has made of the clock
         self.pace = max(took, 0.9 * self.pace + 0.1 * took)
         self.head_since = time.monotonic()
         return self.held.pop(number, None)
@@ -3448,6 +3598,9 @@ class WorkerHandle:
     def death(self, held: Held, code: int | None) -> Json:
         """The error of a step whose worker died under it."""
         step = held.definition.step_name(held.step_index)
+        if self.garbled:
+            words = "its worker spoke nonsense: did the step write to its pipe?"
+            return make_error(step, "WorkerDied", f"{words} ({self.garbled})")
         if code is not None and code < 0:
             name = signal_name(-code)
             words = f"its worker was ended by {name}"
@@ -3516,6 +3669,10 @@ class Pool:
                 if worker.leaving == "retire":
                     break
             await self._clear(worker)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            worker.garbled = repr(error)
+            worker.kill_at = 0.0
+            await self._clear(worker)
         except OSError as error:
             log().warning("no worker could be started: %s", error.strerror)
         except Exception as error:  # a mistake of ours must not pass unseen
@@ -3532,7 +3689,7 @@ class Pool:
 
         assert worker.tree and worker.child and worker.child.stdin
         worker.child.stdin.close()
-        if worker.leaving is None:  # it ends by itself: let it say with which code
+        if worker.leaving is None and not worker.garbled:  # let it say its exit code
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(worker.child.wait(), 0.5)
         began, pause = time.monotonic(), 0.005
@@ -3559,14 +3716,16 @@ class Pool:
             self.ready.extendleft(held for held in reversed(back) if held is not None)
         elif "progress" in header:
             held = worker.held.get(header["id"])
+            to_json(header["progress"])  # a step can reach what makes these frames
             if held is not None:
                 self.progress[held.id] = (held, header["progress"])
-        elif header["ending"] != "stopped" or worker.victim is None:
+        elif header["ending"] != "stopped" or worker.leaving == "stop":
             # Else its tree has to go first: see `_settle`.
             self._on_report(worker, header, data)
 
     def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
-        held = worker.take(header["id"], header["took"])
+        to_json(header.get("error"))
+        held = worker.take(header["id"], float(header["took"]))
         if header.get("spent"):
             worker.leaving = worker.leaving or "retire"
         if held is not None:
@@ -3770,6 +3929,12 @@ class Runner:
         ):
             if value is not None:
                 expect_number(value, name, 1, 2**31)
+        for texts, name in ((queues, "queues"), (script_args, "script_args")):
+            if isinstance(texts, str):
+                raise BadType(f"{name} must be a list of texts, not one text")
+        directory = os.path.dirname(os.path.abspath(__file__))
+        with contextlib.suppress(OSError):  # it has been deleted
+            directory = os.getcwd()
         if services is not None:
             check_reference(services, "services")
         self.already_running = False
@@ -3783,6 +3948,7 @@ class Runner:
             "limit": jobs_per_worker,
             "script_args": list(script_args),
             "services": services,
+            "directory": directory,
             "database": self._store.path,
         }
         size = max_workers or os.cpu_count() or 1
@@ -3826,6 +3992,10 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._store.make_run_directory()
         suffix = "" if self._queues == [DEFAULT_QUEUE] else f"-{','.join(self._queues)}"
+        if len(suffix) > 100:  # a file's name may not be that long
+            import hashlib
+
+            suffix = "-" + hashlib.sha256(suffix.encode()).hexdigest()
         alone = LockFile(self._store.path + ".lock" + suffix)
         life = LockFile(os.path.join(self._store.run_directory, self._token + ".lock"))
         if self._wait and not alone.acquire():
@@ -4006,7 +4176,7 @@ class Runner:
             log().warning(
                 "pid=%s event=%s attempt=%d step=%s %s: %s",
                 *(held.pid, event, held.attempt, error.get("step")),
-                *(error.get("type"), printable(error.get("message", ""))),
+                *map(one_line, (str(error.get("type")), str(error.get("message")))),
             )
 
     def _note_busy(self, error: Busy) -> None:
@@ -4133,11 +4303,13 @@ def _data_argument(text: str | None) -> Json | None:
 
 
 def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManager:
+    if args.db == "":
+        raise BadSpec("--db is empty: name a file")
     return ProcessManager(args.db, create=create)
 
 
 def _say(text: str) -> None:
-    print(f"procman: {printable(text)}", file=sys.stderr)
+    print(f"procman: {one_line(text)}", file=sys.stderr)
 
 
 def _hint(text: str) -> None:
@@ -4185,6 +4357,7 @@ def _stopping(runner: Runner) -> Iterator[None]:
     before = {
         number: signal.signal(number, lambda *_: runner.stop())
         for number in stop_signals()
+        if signal.getsignal(number) != signal.SIG_IGN  # as after nohup
     }
     try:
         yield
@@ -4248,7 +4421,7 @@ def _execute_input(debug: bool) -> int:
     try:
         executor = StepExecutor()
         output, interrupted = executor.execute_until(given["steps"], given.get("data"))
-    except ProcmanError:
+    except (ProcmanError, KeyboardInterrupt):
         raise
     except BaseException as error:
         failure = describe_failure(executor.step, error)
@@ -4278,7 +4451,9 @@ def cmd_execute(args: argparse.Namespace) -> int:
         runner.run()
     sys.stderr.write(printable(manager.logs(pid)))
     info = manager.get_process_info(pid)
-    if info.status in (FINISHED, INTERRUPTED):
+    if info.status == QUEUED:
+        _say(f"process {pid} was stopped or is to be retried: it is queued again")
+    elif info.status in (FINISHED, INTERRUPTED):
         print(json.dumps(info.output))
     else:
         error = info.error or make_error(info.step, info.status, "no result")
@@ -4412,7 +4587,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Usage error."""
-        _say(f"{message}; see {self.prog} --help")
+        hint = ", and -- before a command" if "unrecognized" in message else ""
+        _say(f"{message}; see {self.prog} --help{hint}")
         sys.exit(USAGE)
 
 
@@ -4532,6 +4708,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     parser = _Parser(
         prog="procman.py",
+        allow_abbrev=False,
         parents=[common],
         description="Durable multi-step background processes on SQLite.",
         epilog="Exit codes: 0 done, 1 process failed, 2 usage, 3 not found, 4 wrong"
@@ -4545,6 +4722,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             parents=[common],
+            allow_abbrev=False,
             help=func.__doc__,
             description=func.__doc__,
             epilog=f"example:\n  {example}",
@@ -4556,26 +4734,18 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; every error is one line on standard error and a code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale
-    if words == [WORKER_COMMAND]:
-        return worker_main()
+def _run(words: list[str]) -> int:
+    """Parse and call; what follows -- is the user's, whatever it looks like."""
     rest: list[str] = []
-    if "--" in words:  # what follows is the user's, whatever it looks like
+    if "--" in words:
         rest = words[words.index("--") + 1 :]
         words = words[: words.index("--")]
-    # Steps that are run in this process import the module that they see.
-    sys.modules.setdefault("procman", sys.modules[__name__])
     args = argparse.Namespace(db=None, debug=False, command=rest)
     try:
         build_parser(words[0] if words else None).parse_args(words, args)
         if rest and args.func is not cmd_start:
             raise BadSpec("only start takes a command after --")
         code: int = args.func(args)
-        sys.stdout.flush()
         return code
     except ProcmanError as error:
         if args.debug:
@@ -4584,11 +4754,33 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         _say(str(error))
         return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more to be flushed
-        return DONE
     except KeyboardInterrupt:
         return 130
+    finally:
+        sys.stdout.flush()  # here, where an error can be answered
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; every error is one line on standard error and a code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == [WORKER_COMMAND]:
+        return worker_main()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or not there as under pythonw
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale
+    # Steps that are run in this process import the module that they see.
+    sys.modules.setdefault("procman", sys.modules[__name__])
+    try:
+        return _run(words)
+    except OSError as error:
+        gone = isinstance(error, BrokenPipeError)  # who read has read enough
+        if not gone:
+            _say(f"{error.strerror}: {error.filename or 'standard output'}")
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE if gone else FAILED
 
 
 if __name__ == "__main__":
