@@ -98,6 +98,8 @@ __all__ = [
 BUSY_SECONDS = 10.0  # a command waits this long for the write lock, then exit 5
 POLL_SECONDS = 1.0  # a runner looks this often, even if no doorbell rings
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+SPAWN_SECONDS = 60.0  # a worker that is not up by then is killed
+LEAVE_SECONDS = 5.0  # a runner that ends waits so long for a busy database
 KEEP_SECONDS = 30 * 86400.0  # final processes older than this are pruned
 PRUNE_SECONDS = 3600.0  # ... by a waiting runner, this often
 GROUP_SIZE = 64  # results that share one commit, and so one fsync
@@ -1746,7 +1748,8 @@ class Store:
                 if db.in_transaction:  # a full disk has rolled back already
                     db.execute("ROLLBACK")
             self._commits += 1
-            self.checkpoint()
+            with contextlib.suppress(sqlite3.Error):  # what is committed is committed
+                self.checkpoint()
 
     def check_identity(self) -> None:
         """Into a deleted file inserts succeed: say so before anything is promised."""
@@ -3170,8 +3173,8 @@ def worker_main() -> int:
     worker = _Worker(connection, json.loads(next(frames)))
     adopt_orphans()
     signal.signal(signal.SIGTERM, worker.stop)
-    connection.send({"ready": os.getpid()})
     threading.Thread(target=worker.read, args=(frames,), daemon=True).start()
+    connection.send({"ready": os.getpid()})
     try:
         worker.run()
         if not worker.stopped():
@@ -3445,6 +3448,7 @@ class WorkerHandle:
         self.head_since = 0.0  # monotonic: since when the first of `held` runs
         self.pace = AHEAD_SECONDS  # what a step takes here, rather too long
         self.asked_back = False
+        self.made_at = time.monotonic()
         self.garbled: str | None = None  # what was wrong with what it said
         self.child: asyncio.subprocess.Process | None = None
         self.tree: Tree | None = None
@@ -3458,7 +3462,7 @@ class WorkerHandle:
         # Imported from its path, not run as a script: Python keeps its bytecode; and
         # named procman, as the steps know it.
         boot = (
-            "import sys; sys.path[:] = filter(None, sys.path);"  # not from wherever we are
+            "import sys; sys.path[:] = filter(None, sys.path);"  # without our cwd
             "import importlib.util as util;"
             "spec = util.spec_from_file_location('procman', sys.argv.pop(1));"
             "sys.modules['procman'] = procman = util.module_from_spec(spec);"
@@ -3659,7 +3663,10 @@ class Pool:
     async def _attend(self, worker: WorkerHandle) -> None:
         """The life of one worker, from its start to the end of its tree."""
         try:
-            await worker.spawn()
+            try:
+                await worker.spawn()
+            except RuntimeError as error:  # asyncio could start no thread for it
+                raise OSError(str(error)) from error
             self.spawned.append(worker)
             self._wake()
             async for frames in worker.frames():
@@ -3674,7 +3681,8 @@ class Pool:
             worker.kill_at = 0.0
             await self._clear(worker)
         except OSError as error:
-            log().warning("no worker could be started: %s", error.strerror)
+            worker.garbled = str(error)
+            log().warning("no worker could be started: %s", error)
         except Exception as error:  # a mistake of ours must not pass unseen
             self.failure = error
         self._settle(worker)
@@ -3762,14 +3770,15 @@ class Pool:
         worker.held.clear()
 
     def _count_failure(self, worker: WorkerHandle, code: int | None) -> None:
-        """A worker never came up: try again later, a few times."""
+        """A worker never came up: try again later; for ever if the system is short."""
         self._failures += 1
-        self.spawn_after = time.monotonic() + 0.1 * 2**self._failures
-        if self._failures >= MAX_SPAWN_FAILURES:
+        wait = min(5.0, 0.1 * 2**self._failures)
+        self.spawn_after = time.monotonic() + wait
+        broken = worker.child is not None or not os.path.exists(sys.executable)
+        if broken and self._failures >= MAX_SPAWN_FAILURES:
             said = worker.output.all()[-300:].decode("utf-8", "replace").strip()
-            self.failure = ProcmanError(
-                f"workers do not start: {sys.executable} ended with {code}: {said}"
-            )
+            said = said or worker.garbled or f"it ended with {code}"
+            self.failure = ProcmanError(f"no worker of {sys.executable} starts: {said}")
 
     def may_spawn(self) -> int:
         """How many more workers there may be just now."""
@@ -3836,8 +3845,10 @@ class Pool:
                 worker.ask_back()
             if head and now - worker.head_since > STALL_SECONDS:
                 worker.output.trim()
-            if worker.child and worker.child.returncode is not None and worker.tree:
-                worker.tree.kill()  # a forked child may hold its pipe open
+            ended = worker.child is not None and worker.child.returncode is not None
+            stuck = not worker.ready and now - worker.made_at > SPAWN_SECONDS
+            if worker.tree and (ended or stuck):  # a forked child may hold the pipe
+                worker.tree.kill()
 
     def moments(self) -> Iterator[float]:
         """When `watch` should be called next, the least of these."""
@@ -3979,7 +3990,8 @@ class Runner:
         if self._stopping:
             self._pool.grace = 0.0
             for worker in list(self._pool.workers):
-                worker.kill_at = 0.0
+                if worker.kill_at is not None:  # the others will get no grace
+                    worker.kill_at = 0.0
         self._stopping = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # closed already
@@ -4065,11 +4077,18 @@ class Runner:
         await self._pool.close()
         if not self._number:
             return
-        deadline = time.monotonic() + BUSY_SECONDS
-        while not self._commit(claim=False) and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        if not self._pool.results:
-            self._store.remove_runner(self._number)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self._pool.results:
+            if not self._commit(claim=False):
+                if time.monotonic() > deadline:
+                    raise StorageError(
+                        f"the database {self._store.path} could not be written for"
+                        f" {LEAVE_SECONDS:g} s: what ran will be recovered"
+                    )
+                await asyncio.sleep(0.01)
+            while self._pool.ready:  # a step has ended meanwhile: the next one waits
+                self._pool.add_result(self._pool.ready.popleft(), Outcome("stopped"))
+        self._store.remove_runner(self._number)
 
     def _ring(self) -> None:
         self._called = True
@@ -4203,6 +4222,11 @@ class Runner:
                 return
             self._upkeep_after = now + POLL_SECONDS
             self._store.check_identity()
+            if self._number not in [row["id"] for row in self._store.runners()]:
+                raise StorageError(
+                    "another runner took this one for dead: has somebody removed"
+                    f" {self._store.run_directory}?"
+                )
             self._recover_dead()
             if self._wait and now >= self._prune_after:
                 self._prune_after = now + PRUNE_SECONDS
@@ -4236,17 +4260,24 @@ class Runner:
             life = LockFile(files + ".lock")
             if not life.acquire():
                 continue
-            same_boot = row["boot"] == boot_id()
-            for worker in self._store.workers(row["id"]) if same_boot else ():
-                kill_stray(worker["os_pid"], worker["born"], worker["token"])
-            pids = self._store.recover(row["id"], charged=same_boot)
-            for name in os.listdir(self._store.run_directory):
-                if name.startswith(row["token"] + "-"):
-                    OutputFile(os.path.join(self._store.run_directory, name)).remove()
-            life.release(remove=True)
-            if pids:
-                names = " ".join(pids[:20])
-                log().warning("runner %d died; recovered: %s", row["id"], names)
+            try:
+                self._recover(row)
+                life.release(remove=True)
+            finally:
+                life.release()
+
+    def _recover(self, row: Any) -> None:
+        """Settle what this dead runner left, and remove its files."""
+        same_boot = row["boot"] == boot_id()
+        for worker in self._store.workers(row["id"]) if same_boot else ():
+            kill_stray(worker["os_pid"], worker["born"], worker["token"])
+        pids = self._store.recover(row["id"], charged=same_boot)
+        for name in os.listdir(self._store.run_directory):
+            if name.startswith(row["token"] + "-"):
+                OutputFile(os.path.join(self._store.run_directory, name)).remove()
+        if pids:
+            names = " ".join(pids[:20])
+            log().warning("runner %d died; recovered: %s", row["id"], names)
 
 
 # ===========================================================================

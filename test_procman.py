@@ -1116,6 +1116,7 @@ def test_a_runner_refuses_places_that_others_may_write(home, capsys, name):
     assert result.code == 5 and result.err.count("\n") == 1, result
     assert "may be written by others" in result.err or "symbolic link" in result.err
     assert not list((home / "elsewhere").iterdir())
+    home.chmod(0o700)
     if name[:1] != "-":
         with contextlib.closing(ProcessManager(home / "a.db")) as manager:
             assert manager.get_process_status(pid) == "queued"
@@ -4558,6 +4559,314 @@ def test_two_runners_at_once_run_each_of_many_processes_once(live, gates):
     assert sorted(pid for part in written for pid in part) == sorted(pids)
     assert len(written) >= 2
     assert ends == [(b"", b"")] * 2
+
+
+# What attacks have found.
+
+EVIL = """
+import os, signal, sys, time
+from procman import current
+
+def ok(data):
+    return {"ok": 1}
+
+def junk(data):
+    for fd in range(3, 30):
+        try:
+            os.write(fd, b"junk\\n")
+        except OSError:
+            pass
+
+def twins(data):
+    os.fork()
+    return {"x": "a" * 5_000_000}
+
+def daemon(data):
+    if os.fork() == 0:
+        sys.exit(0)
+    return {"started": True}
+
+def close_reading(data):
+    os.close(3)
+
+def clock(data):
+    time.perf_counter = lambda: float("nan")
+
+class Lazy:
+    def __getattr__(self, name):
+        raise ImportError("not here")
+
+def lazy(data):
+    sys.modules["lazy_thing"] = Lazy()
+
+def flood(data):
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        os.write(1, b"y" * (1 << 20))
+
+def alarm(data):
+    signal.alarm(1)
+
+def umask(data):
+    os.umask(0o777)
+
+def deaf(data):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def vendored(data):
+    from vendor.procman import current
+    return {"key": current().key}
+"""
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("junk", "error"),
+        ("twins", "finished"),
+        ("daemon", "finished"),
+        ("close_reading", "finished"),
+        ("clock", "finished"),
+        ("lazy", "finished"),
+        ("flood", "finished"),
+        ("alarm", "finished"),
+        ("umask", "finished"),
+        ("deaf", "finished"),
+    ],
+)
+def test_a_step_that_tampers_with_its_worker_harms_nobody_else(
+    manager, home, name, status
+):
+    (home / "evil.py").write_text(EVIL)
+    pid = manager.start_process(steps(f"evil:{name}", "evil:ok"))
+    after = {"shell": "echo > made; test -r made && sleep 0.1"}
+    others = manager.start_many([steps("evil:ok"), steps(after), steps("evil:ok")])
+    assert drain(manager, max_workers=1) == 4
+    assert manager.get_process_info(pid).status == status
+    assert {manager.get_process_info(other).status for other in others} == {"finished"}
+    assert (home / "made").stat().st_mode & 0o400
+
+
+@posix
+def test_a_child_that_a_step_forks_does_not_speak_for_it(manager, home):
+    (home / "forks.py").write_text(
+        "import os, time\n"
+        "def both(data):\n"
+        "    if os.fork() == 0:\n"
+        "        return {'who': 'child'}\n"
+        "    os.wait()\n"
+        "    return {'who': 'parent'}\n"
+        "def saw(data):\n"
+        "    return {'saw': data}\n"
+    )
+    pid = manager.start_process(steps("forks:both", "forks:saw"))
+    assert drain(manager) == 1
+    assert manager.get_process_info(pid).output == {"saw": {"who": "parent"}}
+
+
+@posix
+def test_kill_0_in_a_command_is_the_error_of_its_own_step(manager):
+    killer = manager.start_process(steps({"shell": "kill 0; sleep 1"}))
+    other = manager.start_process(steps({"shell": "true"}))
+    drain(manager, max_workers=1)
+    assert manager.get_process_info(killer).error["signal"] == "SIGTERM"
+    assert manager.get_process_info(other).status == "finished"
+
+
+def test_a_worker_imports_nothing_from_the_directory_of_its_runner(manager, home):
+    (home / "argparse.py").write_text("open('pwned', 'w'); raise SystemExit")
+    (home / "traceback.py").write_text("open('pwned', 'w'); raise SystemExit")
+    pid = manager.start_process(steps("steps:fail"))
+    drain(manager)
+    assert manager.get_process_info(pid).error["type"] == "ValueError"
+    assert not (home / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE definition SET text = '{'",
+        "UPDATE data SET data = '{'",
+        "UPDATE data SET data = x'7b7d'",
+        "DELETE FROM data",
+        "UPDATE process SET step_index = 99",
+    ],
+)
+def test_a_row_edited_by_hand_stops_only_its_own_process(manager, sql, capsys):
+    bad = manager.start_process(steps({"command": [sys.executable, "-V"]}))
+    with contextlib.closing(sqlite3.connect(manager.path)) as db:
+        db.execute(sql)
+        db.commit()
+    good = manager.start_process(steps("steps:nothing", retry=1))
+    assert drain(manager) >= 1
+    assert manager.get_process_status(good) == "finished"
+    assert manager.get_process_status(bad) == "error"
+    assert procman.main(["list", "--db", manager.path]) in (0, 5)
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
+@posix
+def test_a_directory_that_is_not_utf8_harms_no_runner(manager, home):
+    os.mkdir(b"d\xff")
+    os.symlink(b"d\xff", "link")
+    pid = manager.start_process(steps({"command": ["no-such"], "cwd": "link"}))
+    drain(manager)
+    assert manager.get_process_info(pid).error["type"] == "FileNotFoundError"
+
+
+def test_an_error_shows_no_environment(manager, home):
+    (home / "plain.py").write_text("class Plain: pass")
+    spec = {"class": "plain:Plain", "env": {"TOKEN": "s3cret"}}
+    pid = manager.start_process(steps(spec))
+    drain(manager)
+    assert "s3cret" not in json.dumps(manager.get_process_info(pid).to_json())
+
+
+def test_a_late_duplicate_key_is_found_at_once():
+    text = "{" + ",".join(f'"{i}":0' for i in range(100_000)) + ',"99999":0}'
+    began = time.monotonic()
+    with pytest.raises(procman.BadSpec, match="'99999' stands twice"):
+        procman.from_json(text)
+    assert time.monotonic() - began < 10, "quadratic: minutes"
+
+
+@posix
+def test_two_different_signals_at_once_charge_nothing(manager, home):
+    ledger = home / "ledger"
+    pid = manager.start_process(steps("steps:hang"), {"ledger": str(ledger)})
+    with running(manager) as runner:
+        eventually(lambda: read_ledger(ledger))
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            runner.send_signal(number)
+        assert runner.wait(20) == 0
+    info = manager.get_process_info(pid)
+    assert (info.status, info.crashes, info.error) == ("queued", 0, None)
+
+
+@contextlib.contextmanager
+def write_lock(path):
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@posix
+def test_a_recovery_that_meets_a_lock_is_done_when_the_lock_is_gone(manager, home):
+    ledger = home / "ledger"
+    pid = manager.start_process(steps("steps:hang"), {"ledger": str(ledger)})
+    with running(manager) as victim:
+        eventually(lambda: read_ledger(ledger))
+        with running(manager, "--queue", "other") as other:
+            locks = f"/proc/{other.pid}/fd"
+            with write_lock(manager.path):
+                victim.kill()
+                token = manager.store.runners()[0]["token"]
+
+                def tried():  # it holds the dead one's lock, or has let it go again
+                    lock = procman.LockFile(f"{manager.path}.run/{token}.lock")
+                    free = lock.acquire()
+                    lock.release()
+                    return not free
+
+                if os.path.isdir(locks):
+                    eventually(tried)
+            eventually(lambda: manager.get_process_status(pid) == "queued", 10)
+
+
+def test_a_checkpoint_that_fails_takes_nothing_back(manager, monkeypatch):
+    def full():
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(manager.store, "checkpoint", full)
+    pid = manager.start_process(steps("steps:add_one"))
+    assert manager.get_process_status(pid) == "queued"
+    assert drain(manager) == 1
+    assert manager.get_process_status(pid) == "finished"
+
+
+def test_errors_survive_pickle(manager):
+    import pickle
+
+    pid = manager.start_process(steps("steps:fail"))
+    drain(manager)
+    with pytest.raises(procman.ProcessFailed) as failed:
+        manager.wait(pid)
+    with pytest.raises(procman.WrongState) as wrong:
+        manager.cancel(pid)
+    for error in (
+        failed.value,
+        wrong.value,
+        procman.StepError("Kind", "text", signal=9),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert again.__dict__ == error.__dict__
+
+
+def test_a_file_edited_while_its_first_step_runs_is_noticed(manager, home):
+    code = "import os, time\ndef run(data):\n    {}\n    return {{'version': {}}}\n"
+    wait = "while not os.path.exists('go'): time.sleep(0.01)"
+    (home / "edited.py").write_text(code.format(wait, 1))
+    with running(manager, "--max-workers", "1"):
+        first = manager.start_process(steps("edited:run"))
+        eventually(lambda: manager.get_process_status(first) == "running")
+        eventually(lambda: "edited" in "".join(map(str, home.rglob("*edited*"))))
+        (home / "edited.py").write_text(code.format("pass", 22))
+        (home / "go").touch()
+        assert manager.wait(first, 20).output in ({"version": 1}, {"version": 22})
+        second = manager.start_process(steps("edited:run"))
+        assert manager.wait(second, 20).output == {"version": 22}
+
+
+def test_current_works_in_a_copy_that_is_vendored_in_a_package(manager, home):
+    import shutil
+
+    (home / "vendor").mkdir()
+    (home / "vendor" / "__init__.py").touch()
+    shutil.copy(PROCMAN, home / "vendor" / "procman.py")
+    (home / "evil.py").write_text(EVIL)
+    pid = manager.start_process(steps("evil:vendored"))
+    drain(manager)
+    assert manager.get_process_info(pid).output == {"key": f"{pid}.a.0"}
+
+
+@posix
+def test_closed_or_full_standard_output_is_no_traceback(live):
+    closed = "exec >&-; exec " + " ".join(
+        map(shlex_quote, cli_words("start", "--", "true"))
+    )
+    found = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, check=False)
+    assert (found.returncode, found.stderr) == (0, b"")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            found = spawn("list", stdout=full)
+            assert found.communicate()[1].count(b"\n") == 1 and found.returncode == 1
+
+
+def shlex_quote(word):
+    import shlex
+
+    return shlex.quote(word)
+
+
+def cli_words(*words):
+    return [sys.executable, str(PROCMAN), *words]
+
+
+@posix
+def test_a_runner_that_ignores_hangups_as_after_nohup_goes_on(manager):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with running(manager) as runner:
+            runner.send_signal(signal.SIGHUP)
+            pid = manager.start_process(steps("steps:add_one"))
+            assert manager.wait(pid, 20).output == {"n": 1}
+            assert runner.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ===========================================================================
