@@ -1327,9 +1327,10 @@ class OutputFile:
         with contextlib.suppress(OSError):  # a full disk stops no step
             if self._fd < 0:  # beside the one that appends and may do no more
                 self._fd = private_file(self.path, os.O_RDWR)
-            os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
             self._first_line = self._line(owner, 0)
+            if os.fstat(self._fd).st_size != len(self._first_line):
+                os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
             os.write(self._fd, self._first_line)
 
     @staticmethod
