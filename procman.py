@@ -1002,7 +1002,7 @@ if sys.platform == "win32":
         """Why this path must not be trusted, None if nothing speaks against it."""
         if os.path.islink(path):
             return "is a symbolic link"
-        if not directory and not os.path.isfile(path):
+        if not directory and os.path.exists(path) and not os.path.isfile(path):
             return "is not a regular file"
         return None
 
@@ -1025,7 +1025,7 @@ else:
         """Lock an open file for this process's life, or say at once that it is held."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return False
         return True
 
@@ -1035,7 +1035,7 @@ else:
             with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
                 return file.read().strip()
         except OSError:
-            return _ask("sysctl", "-n", "kern.boottime")
+            return _ask("sysctl", "-n", "kern.bootsessionuuid")
 
     def spawn_options() -> Json:
         """For a child that leads a session of its own."""
@@ -1047,7 +1047,11 @@ else:
 
         try:
             return subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"},
+                check=False,
             ).stdout.decode("utf-8", "replace")
         except OSError:
             return ""
@@ -1179,7 +1183,10 @@ else:
 
     def unsafe(path: str, *, directory: bool = False) -> str | None:
         """Why this path must not be trusted, None if nothing speaks against it."""
-        found = os.stat(path) if directory else os.lstat(path)
+        try:
+            found = os.stat(path) if directory else os.lstat(path)
+        except FileNotFoundError:
+            return None
         if stat.S_ISLNK(found.st_mode):
             return "is a symbolic link"
         if not directory and not stat.S_ISREG(found.st_mode):
@@ -1241,33 +1248,38 @@ class LockFile:
 
     def acquire(self) -> bool:
         """Take the lock; False if somebody holds it."""
-        reason = unsafe(self.path) if os.path.lexists(self.path) else None
+        reason = unsafe(self.path)
         if reason:
             raise StorageError(f"the lock {self.path} {reason}: remove it")
         try:
             fd = private_file(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StorageError(f"the lock {self.path}: {error.strerror}") from None
-        if try_lock(fd):
-            self._fd = fd
-            return True
-        os.close(fd)
-        return False
+        try:
+            taken = try_lock(fd)
+        except OSError as error:  # a file system without locks
+            os.close(fd)
+            raise StorageError(f"the lock {self.path}: {error.strerror}") from None
+        if not taken:
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
 
     def release(self, *, remove: bool = False) -> None:
         """Give the lock back; with `remove` the file goes too."""
         if self._fd is None:
             return
-        if remove:  # while it is held, so that nobody can hold the next one
-            self._remove()
+        removed = not remove
+        with contextlib.suppress(OSError):
+            if remove:  # while it is held, so that nobody can hold the next one
+                os.unlink(self.path)
+                removed = True
         os.close(self._fd)
         self._fd = None
-        if remove:  # where an open file cannot be removed
-            self._remove()
-
-    def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if not removed:  # where an open file cannot be removed
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
 
 class Printed(namedtuple("Printed", "head cut tail", defaults=(b"", 0, b""))):
@@ -1406,7 +1418,7 @@ SCHEMA_VERSION = 1
 SCHEMA: tuple[str, ...] = (
     """
     CREATE TABLE definition (       -- what equal processes share
-        id   INTEGER PRIMARY KEY,
+        id   INTEGER PRIMARY KEY AUTOINCREMENT, -- never used again: it is cached
         hash INTEGER NOT NULL,      -- CRC-32 of the text, to find it by
         text TEXT NOT NULL          -- JSON: steps, options, directory of the caller
     )""",
@@ -1611,7 +1623,7 @@ class Store:
             with contextlib.suppress(FileExistsError):
                 os.close(private_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR))
         for path in (self.path, self.path + "-wal", self.path + "-shm"):
-            reason = unsafe(path) if os.path.lexists(path) else None
+            reason = unsafe(path)
             if reason:
                 raise StorageError(f"the database {path} {reason}: refused")
         self._check_directory(directory)
@@ -1624,8 +1636,10 @@ class Store:
 
     def _check_header(self, db: Connection) -> int:
         """The schema's version, 0 for an empty file; refuse all that is not ours."""
+        # In this order: another may be making it just now, in one transaction.
+        empty = db.execute("PRAGMA schema_version").fetchone()[0] == 0
         owner = db.execute("PRAGMA application_id").fetchone()[0]
-        if owner == 0 and db.execute("PRAGMA schema_version").fetchone()[0] == 0:
+        if empty and owner in (0, APPLICATION_ID):
             return 0
         if owner != APPLICATION_ID:
             raise StorageError(f"the database {self.path} belongs to another program")
@@ -1719,8 +1733,8 @@ class Store:
         while True:
             try:
                 return action()
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
+            except (sqlite3.OperationalError, Busy) as error:
+                if "lock" not in str(error) or time.monotonic() >= deadline:
                     raise
             time.sleep(0.0005 + 0.002 * jitter())
 
@@ -1733,14 +1747,9 @@ class Store:
         Raises Busy after `wait` seconds.  Not `durable`: what it wrote may be lost in
         a power cut, as a claim may; it is never half there.
         """
-        with self._my_turn():
+        with contextlib.ExitStack() as turn:
+            self._retry(lambda: self._begin(turn, durable), wait)
             db = self.db
-            if durable != self._durable:
-                db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            # IMMEDIATE: a deferred transaction that turns into a write after another
-            # commit fails at once, whatever the wait.
-            self._retry(lambda: db.execute("BEGIN IMMEDIATE"), wait)
             try:
                 self.check_identity()
                 yield db
@@ -1751,6 +1760,19 @@ class Store:
             self._commits += 1
             with contextlib.suppress(sqlite3.Error):  # what is committed is committed
                 self.checkpoint()
+
+    def _begin(self, turn: contextlib.ExitStack, durable: bool) -> None:
+        """Take the turn and the write lock, or neither: others may read meanwhile."""
+        with contextlib.ExitStack() as attempt:
+            attempt.enter_context(self._my_turn())
+            if durable != self._durable:
+                level = "FULL" if durable else "NORMAL"
+                self.db.execute(f"PRAGMA synchronous = {level}")
+                self._durable = durable
+            # IMMEDIATE: a deferred transaction that turns into a write after another
+            # commit fails at once, whatever the wait.
+            self.db.execute("BEGIN IMMEDIATE")
+            turn.push(attempt.pop_all())
 
     def check_identity(self) -> None:
         """Into a deleted file inserts succeed: say so before anything is promised."""
@@ -1856,18 +1878,20 @@ class Store:
 
     def definition(self, number: int) -> Definition:
         """The parsed definition; the last few hundred are kept."""
-        if number not in self._definitions:
+        found = self._definitions.get(number)
+        if found is None:
             if len(self._definitions) > 256:
                 self._definitions.clear()
             sql = "SELECT text FROM definition WHERE id = ?"
             try:
-                self._definitions[number] = Definition(self.read(sql, (number,))[0][0])
+                found = Definition(self.read(sql, (number,))[0][0])
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise StorageError(
                     f"the database {self.path} has been changed by hand: no sound"
                     f" definition {number}"
                 ) from error
-        return self._definitions[number]
+            self._definitions[number] = found
+        return found
 
     def find(self, pid: str) -> Row:
         """The row of a pid or of a unique prefix; raises NotFound."""
@@ -1890,15 +1914,23 @@ class Store:
     def info(self, pid: str) -> ProcessInfo:
         """The record of one process; raises NotFound."""
         row = self.find(pid)
-        return self._infos("WHERE process.id = ?", (row["id"],))[0]
+        for info in self._infos("WHERE process.id = ?", (row["id"],)):
+            return info
+        raise NotFound(f"process {row['pid']} has just been pruned")
 
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
-        rows = self.read(f"{self._SHOWN} {clause}", parameters)
+        infos = []
         try:
-            return [
-                ProcessInfo.from_row(row, self.definition(row["definition"]))
-                for row in rows
-            ]
+            for row in self.read(f"{self._SHOWN} {clause}", parameters):
+                try:
+                    definition = self.definition(row["definition"])
+                except StorageError:
+                    sql = "SELECT 1 FROM process WHERE id = ?"
+                    if self.read(sql, (row["id"],)):  # else it has just been pruned
+                        raise
+                    continue
+                infos.append(ProcessInfo.from_row(row, definition))
+            return infos
         except (ValueError, TypeError) as error:
             raise StorageError(
                 f"the database {self.path} has been changed by hand: {error}"
@@ -1978,9 +2010,10 @@ class Store:
     def _live_output(self, row: Row) -> Printed:
         if row["status"] == RUNNING and os.path.isdir(self.run_directory):
             wanted = f"{row['pid']} {row['claim']} {row['step_index']}"
-            for entry in os.scandir(self.run_directory):
-                if entry.name.endswith(".log"):
-                    owner, printed = OutputFile(entry.path).read()
+            for name in os.listdir(self.run_directory):
+                if name.endswith(".log"):
+                    path = os.path.join(self.run_directory, name)
+                    owner, printed = OutputFile(path).read()
                     if owner == wanted:
                         return printed
         return Printed()
@@ -3406,6 +3439,10 @@ class ProcessManager:
 
     def ring(self) -> None:
         """Wake the waiting runners: a byte that may get lost, for they look anyway."""
+        with contextlib.suppress(OSError, StorageError):  # what is queued is queued
+            self._ring()
+
+    def _ring(self) -> None:
         ports = [row["port"] for row in self.store.runners() if row["port"]]
         if not ports:
             return
@@ -3663,6 +3700,8 @@ class Pool:
 
     async def _attend(self, worker: WorkerHandle) -> None:
         """The life of one worker, from its start to the end of its tree."""
+        import asyncio
+
         try:
             try:
                 await worker.spawn()
@@ -3677,6 +3716,10 @@ class Pool:
                 if worker.leaving == "retire":
                     break
             await self._clear(worker)
+        except asyncio.CancelledError:  # the application ends all its tasks
+            worker.leaving = worker.leaving or "stop"
+            if worker.tree is not None:
+                worker.tree.kill()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             worker.garbled = repr(error)
             worker.kill_at = 0.0
