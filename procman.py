@@ -1202,14 +1202,15 @@ else:
 
     def traces() -> Any:
         """What a step may leave in its worker that would harm the next one's."""
+        # `signal` makes enums of the answers, which takes 10 µs.
+        import _signal  # type: ignore[import-not-found]
         import resource
-        import signal
 
         umask = os.umask(0o077)
         os.umask(umask)
-        alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)
+        alarm = any(_signal.getitimer(_signal.ITIMER_REAL))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return umask, alarm, files, signal.getsignal(signal.SIGTERM)
+        return umask, alarm, files, _signal.getsignal(_signal.SIGTERM)
 
     def stop_signals() -> tuple[int, ...]:
         """The signals that ask a runner to stop."""
@@ -1393,10 +1394,11 @@ class OutputFile:
                 # In this order a reader finds the first line at any moment.
                 line = self._line(owner, printed.cut)
                 kept = os.write(fd, line + printed.head + printed.tail)
-                more = os.fstat(fd).st_size - self._size_read  # printed meanwhile
+                grown = os.fstat(fd).st_size
+                os.ftruncate(fd, kept)  # at once: what comes between is not counted
                 os.lseek(fd, 0, os.SEEK_SET)
+                more = grown - self._size_read  # printed since it was read
                 os.write(fd, self._line(owner, printed.cut + more))
-                os.ftruncate(fd, kept)
             finally:
                 os.close(fd)
 
@@ -1657,7 +1659,7 @@ class Store:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA wal_autocheckpoint = 0")
-        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES // 2}")  # when it is reset
+        db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")  # cut when it is reset
         if version == SCHEMA_VERSION:
             return
         db.execute("PRAGMA journal_mode = WAL")
@@ -1793,7 +1795,7 @@ class Store:
             size = os.stat(self.path + "-wal").st_size
         except OSError:
             return
-        if size < self._wal_limit:
+        if size <= self._wal_limit:
             self._wal_limit = min(self._wal_limit, max(size, WAL_BYTES))
             return
         self._wal_limit = (
@@ -2933,13 +2935,13 @@ class _Connection:
 
     def intact(self) -> bool:
         """Whether the steps have left our descriptors and the standard ones alone."""
-        return all(map(self._is_ours, self._inodes))
-
-    def _is_ours(self, fd: int) -> bool:
         try:
-            return os.fstat(fd).st_ino == self._inodes[fd]
+            for fd, inode in self._inodes.items():
+                if os.fstat(fd).st_ino != inode:
+                    return False
         except OSError:
             return False
+        return True
 
     def lines(self) -> Iterator[bytes]:
         """The runner's frames, until it is gone."""
@@ -2961,10 +2963,12 @@ class _Connection:
         with self._turn:
             if os.getpid() != self._os_pid:
                 os._exit(0)  # a child that a step has forked: it does not speak for it
-            if not self._is_ours(self._writing):
-                os._exit(
-                    BROKEN_PIPE_EXIT
-                )  # a step has closed our pipe, and its number is another's
+            try:
+                ours = os.fstat(self._writing).st_ino == self._inodes[self._writing]
+            except OSError:
+                ours = False
+            if not ours:
+                os._exit(BROKEN_PIPE_EXIT)  # closed, and its number may be another's
             while content:
                 content = content[os.write(self._writing, content) :]
 
@@ -3006,8 +3010,8 @@ class _Sources:
 
     def changed(self) -> str | None:
         """A file that is not what was imported; at most 5 % of the time goes here."""
-        now, began = time.monotonic(), time.thread_time()
-        if now - self._looked_at < min(0.02, 20 * self._cost):
+        began = time.monotonic()
+        if began - self._looked_at < min(0.02, 20 * self._cost):
             return None
         found = next(
             (
@@ -3017,7 +3021,8 @@ class _Sources:
             ),
             None,
         )
-        self._looked_at, self._cost = now, time.thread_time() - began
+        self._looked_at = time.monotonic()
+        self._cost = self._looked_at - began
         return found
 
 
@@ -3776,7 +3781,8 @@ class Pool:
             self._on_report(worker, header, data)
 
     def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
-        to_json(header.get("error"))
+        if "error" in header:
+            to_json(header["error"])
         held = worker.take(header["id"], float(header["took"]))
         if header.get("spent"):
             worker.leaving = worker.leaving or "retire"

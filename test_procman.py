@@ -2442,7 +2442,7 @@ def test_of_a_command_that_prints_much_the_beginning_and_the_end_are_kept(
         head, cut, tail = re.split(r"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
         assert len(head) >= 1 << 16 and 1 << 20 <= len(tail) <= 2 << 20
         # What comes in the very moment of a trim is cut without being counted.
-        assert 0 <= total - (len(head) + int(cut) + len(tail)) <= 1 << 17
+        assert 0 <= total - (len(head) + int(cut) + len(tail)) <= total // 20
 
 
 def test_what_a_command_prints_is_text_whatever_its_bytes(manager, home):
@@ -2648,7 +2648,7 @@ def test_the_beginning_and_the_end_of_long_output_are_kept(manager, home, lines)
     head, cut, tail = re.split(rb"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
     assert len(head) == 64 << 10 and len(tail) == 1 << 20
     printed = 2 * (lines * len(LINE) + len(shouted))
-    assert 0 <= printed - (len(head) + int(cut) + len(tail)) <= 1 << 17
+    assert 0 <= printed - (len(head) + int(cut) + len(tail)) <= printed // 20
 
 
 def test_the_file_of_a_step_that_never_stops_printing_stays_small(manager, more):
@@ -4759,20 +4759,19 @@ def test_a_recovery_that_meets_a_lock_is_done_when_the_lock_is_gone(manager, hom
     pid = manager.start_process(steps("steps:hang"), {"ledger": str(ledger)})
     with running(manager) as victim:
         eventually(lambda: read_ledger(ledger))
-        with running(manager, "--queue", "other") as other:
-            locks = f"/proc/{other.pid}/fd"
+        with running(manager, "--queue", "other"):
+            one, other = manager.store.runners()
+            eventually(lambda: manager.store.workers(other["id"]))
+            life = procman.LockFile(f"{manager.path}.run/{one['token']}.lock")
+
+            def is_tried():
+                free = life.acquire()
+                life.release()
+                return not free and victim.poll() is not None
+
             with write_lock(manager.path):
                 victim.kill()
-                token = manager.store.runners()[0]["token"]
-
-                def tried():  # it holds the dead one's lock, or has let it go again
-                    lock = procman.LockFile(f"{manager.path}.run/{token}.lock")
-                    free = lock.acquire()
-                    lock.release()
-                    return not free
-
-                if os.path.isdir(locks):
-                    eventually(tried)
+                eventually(is_tried)
             eventually(lambda: manager.get_process_status(pid) == "queued", 10)
 
 
