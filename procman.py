@@ -1531,7 +1531,7 @@ def wal_reset_bug() -> bool:
 _inherited: list[Connection] = []  # of a parent process, never touched again
 
 
-class Store:
+class Database:
     """One SQLite file and this process's connection to it.
 
     Threads may share it: they take turns.  A forked child opens it anew.
@@ -1553,9 +1553,6 @@ class Store:
         self._db: Connection | None = None
         self._owner = os.getpid()
         self._identity: tuple[int, int] = (0, 0)
-        self._definitions: dict[int, Definition] = {}
-        self._known: tuple[str, int] | None = None
-        self._updates: dict[Any, str] = {}
         self._commits = 0
         self._wal_limit = WAL_BYTES
         self._durable = True
@@ -1823,6 +1820,21 @@ class Store:
     def version(self) -> tuple[int, int]:
         """What changes with each commit, another connection's or our own."""
         return self.read("PRAGMA data_version")[0][0], self._commits
+
+
+class Store(Database):
+    """The processes in a database: every read, write and transition.
+
+    A method that takes `db` wants the connection of an open `transaction`.
+    """
+
+    def __init__(
+        self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
+    ):
+        super().__init__(path, now=now, create=create)
+        self._definitions: dict[int, Definition] = {}  # the last ones read, parsed
+        self._known: tuple[str, int] | None = None  # the last one inserted
+        self._updates: dict[Any, str] = {}  # statements
 
     # --- entering ----------------------------------------------------------
 
@@ -3983,19 +3995,7 @@ class Runner:
         keep: float | str = KEEP_SECONDS,
         pid: str | None = None,
     ):
-        for value, name in (
-            (max_workers, "max_workers"),
-            (max_jobs, "max_jobs"),
-            (jobs_per_worker, "jobs_per_worker"),
-        ):
-            if value is not None:
-                expect_number(value, name, 1, 2**31)
-        for texts, name in ((queues, "queues"), (script_args, "script_args")):
-            if isinstance(texts, str):
-                raise BadType(f"{name} must be a list of texts, not one text")
-        directory = os.path.dirname(os.path.abspath(__file__))
-        with contextlib.suppress(OSError):  # it has been deleted
-            directory = os.getcwd()
+        self._check(queues, script_args, max_workers, max_jobs, jobs_per_worker)
         if services is not None:
             check_reference(services, "services")
         self.already_running = False
@@ -4009,7 +4009,7 @@ class Runner:
             "limit": jobs_per_worker,
             "script_args": list(script_args),
             "services": services,
-            "directory": directory,
+            "directory": self._directory(),
             "database": self._store.path,
         }
         size = max_workers or os.cpu_count() or 1
@@ -4023,6 +4023,23 @@ class Runner:
         self._called = self._rung = True
         self._waker: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @staticmethod
+    def _check(queues: Any, script_args: Any, *numbers: int | None) -> None:
+        for texts, name in ((queues, "queues"), (script_args, "script_args")):
+            if isinstance(texts, str):
+                raise BadType(f"{name} must be a list of texts, not one text")
+        for value, name in zip(numbers, ("max_workers", "max_jobs", "jobs_per_worker")):
+            if value is not None:
+                expect_number(value, name, 1, 2**31)
+
+    @staticmethod
+    def _directory() -> str:
+        """Where we are, which is where the module of the services is looked for."""
+        try:
+            return os.getcwd()
+        except OSError:  # it has been deleted
+            return os.path.dirname(os.path.abspath(__file__))
 
     # --- life --------------------------------------------------------------
 

@@ -4786,6 +4786,29 @@ def test_a_checkpoint_that_fails_takes_nothing_back(manager, monkeypatch):
     assert manager.get_process_status(pid) == "finished"
 
 
+def test_a_number_of_a_definition_is_never_given_again(manager, clock):
+    manager.start_process(steps("steps:add_one"), {"n": 4})
+    assert drain(manager) == 1
+    clock.advance(10)
+    assert manager.prune(0) == 1
+    other = manager.start_process(steps("steps:double"), {"n": 4})
+    assert drain(manager) == 1
+    assert manager.get_process_info(other).output == {"n": 8}
+
+
+def test_reading_goes_on_beside_a_thread_that_waits_to_write(manager):
+    pid = manager.start_process(steps("steps:add_one"))
+    writer = threading.Thread(target=manager.cancel, args=(pid,))
+    with write_lock(manager.path):
+        writer.start()
+        began = time.monotonic()
+        while time.monotonic() - began < 0.5:
+            assert manager.get_process_status(pid) == "queued"
+        assert time.monotonic() - began < 3, "it waited for the writer"
+    writer.join()
+    assert manager.get_process_status(pid) == "cancelled"
+
+
 def test_errors_survive_pickle(manager):
     import pickle
 
