@@ -4228,7 +4228,10 @@ def test_a_bare_environment_as_that_of_cron_is_enough(home):
         return subprocess.run(
             ["/bin/sh", "-c", script, sys.executable, str(PROCMAN), *words],
             capture_output=True,
-            env={"PATH": "", "LC_ALL": "C", "TMPDIR": "/nowhere"},
+            env={
+                **{"PATH": "", "LC_ALL": "C", "TMPDIR": "/nowhere"},
+                "PYTHONDONTWRITEBYTECODE": "1",  # not into the checkout
+            },
             timeout=60,
             check=False,
         )
@@ -4857,25 +4860,17 @@ def test_current_works_in_a_copy_that_is_vendored_in_a_package(manager, home):
 
 @posix
 def test_closed_or_full_standard_output_is_no_traceback(live):
-    closed = "exec >&-; exec " + " ".join(
-        map(shlex_quote, cli_words("start", "--", "true"))
-    )
-    found = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, check=False)
-    assert (found.returncode, found.stderr) == (0, b"")
-    if os.path.exists("/dev/full"):
-        with open("/dev/full", "wb") as full:
-            found = spawn("list", stdout=full)
-            assert found.communicate()[1].count(b"\n") == 1 and found.returncode == 1
-
-
-def shlex_quote(word):
     import shlex
 
-    return shlex.quote(word)
-
-
-def cli_words(*words):
-    return [sys.executable, str(PROCMAN), *words]
+    start = [sys.executable, str(PROCMAN), "start", "--db", live.path, "--", "true"]
+    closed = "exec >&-; exec " + " ".join(map(shlex.quote, start))
+    found = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, check=False)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert live.count(status="queued") == 1
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            found = spawn("list", "--db", live.path, stdout=full)
+            assert found.communicate()[1].count(b"\n") == 1 and found.returncode == 1
 
 
 @posix
