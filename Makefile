@@ -10,7 +10,7 @@ LINTER := ruff==0.15.22 mypy==1.19.1
 export CACHE
 
 run_pytest = python=$$(.ci/venv "$(PYTHON)" $(PYTEST)) && \
-	PYTHONPYCACHEPREFIX="$(CACHE)/pycache" \
+	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CACHE)/pycache" \
 	"$$python" -m pytest -q -p no:cacheprovider test_procman.py
 
 .PHONY: help

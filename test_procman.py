@@ -4229,7 +4229,9 @@ def test_a_bare_environment_as_that_of_cron_is_enough(home):
             ["/bin/sh", "-c", script, sys.executable, str(PROCMAN), *words],
             capture_output=True,
             env={
-                **{"PATH": "", "LC_ALL": "C", "TMPDIR": "/nowhere"},
+                "PATH": "",
+                "LC_ALL": "C",
+                "TMPDIR": "/nowhere",
                 "PYTHONDONTWRITEBYTECODE": "1",  # not into the checkout
             },
             timeout=60,
