@@ -346,7 +346,7 @@ def timestamp(at: float | None) -> str | None:
 
 
 def jitter() -> float:
-    """From 0 to 1, another at each moment; the module `random` costs 3 ms to import."""
+    """From 0 to 1, another at each moment; the module `random` takes 1 ms to import."""
     return time.perf_counter_ns() % 997 / 997
 
 
@@ -1512,8 +1512,8 @@ _TROUBLES = {  # a part of SQLite's message: what it means and what to do
     "locked": "is locked by another program: end it or try again",
     "full": "cannot be written: disk full",
     "readonly": "is read-only here",
-    "malformed": "is damaged: stop all runners, keep a copy, and salvage it with"
-    " `sqlite3 procman.db .recover | sqlite3 new.db`",
+    "malformed": "is damaged: stop all runners, keep a copy, and salvage it with a"
+    " sqlite3 shell whose .recover works, or restore a backup",
     "not a database": "is not a procman database",
     "unable to open": "cannot be opened",
     "disk I/O": "cannot be read or written (disk I/O error)",

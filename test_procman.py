@@ -2423,6 +2423,11 @@ def test_a_command_reads_all_of_a_long_input(manager, home):
     assert manager.get_process_info(pid).output == {"n": 3_000_000}
 
 
+# What comes between the two system calls of a trim is cut from the log without being
+# counted; calls take longer under Wine.
+TRIM_BYTES = 1 << 20 if WINDOWS else 1 << 17
+
+
 def test_of_a_command_that_prints_much_the_beginning_and_the_end_are_kept(
     manager, home
 ):
@@ -2434,15 +2439,14 @@ def test_of_a_command_that_prints_much_the_beginning_and_the_end_are_kept(
     pid = manager.start_process(steps(step))
     drain(manager)
     total = len(line) * lines + len(b"first  last")
-    for kept in (
-        manager.get_process_info(pid).output["stdout"],
-        manager.logs(pid),
+    for kept, missing in (
+        (manager.get_process_info(pid).output["stdout"], 0),
+        (manager.logs(pid), TRIM_BYTES),
     ):
         assert kept.startswith("first 0123") and kept.endswith("abcde\n last")
         head, cut, tail = re.split(r"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
         assert len(head) >= 1 << 16 and 1 << 20 <= len(tail) <= 2 << 20
-        # What comes in the very moment of a trim is cut without being counted.
-        assert 0 <= total - (len(head) + int(cut) + len(tail)) <= total // 20
+        assert 0 <= total - (len(head) + int(cut) + len(tail)) <= missing
 
 
 def test_what_a_command_prints_is_text_whatever_its_bytes(manager, home):
@@ -2648,7 +2652,7 @@ def test_the_beginning_and_the_end_of_long_output_are_kept(manager, home, lines)
     head, cut, tail = re.split(rb"\n\[\.\.\. (\d+) bytes cut \.\.\.\]\n", kept)
     assert len(head) == 64 << 10 and len(tail) == 1 << 20
     printed = 2 * (lines * len(LINE) + len(shouted))
-    assert 0 <= printed - (len(head) + int(cut) + len(tail)) <= printed // 20
+    assert 0 <= printed - (len(head) + int(cut) + len(tail)) <= TRIM_BYTES
 
 
 def test_the_file_of_a_step_that_never_stops_printing_stays_small(manager, more):
