@@ -104,7 +104,7 @@ KEEP_SECONDS = 30 * 86400.0  # final processes older than this are pruned
 PRUNE_SECONDS = 3600.0  # ... by a waiting runner, this often
 GROUP_SIZE = 64  # results that share one commit, and so one fsync
 GROUP_SECONDS = 0.005  # ... and how late that may make the first of them
-AHEAD_SECONDS = 0.005  # a worker is handed at most this much work at once
+AHEAD_SECONDS = 0.02  # a worker is handed at most this much work at once
 STALL_SECONDS = 0.05  # what waits behind a longer step is taken back
 MAX_CRASHES = 3  # a process that took so many runners along is an error
 MAX_SPAWN_FAILURES = 5  # workers that never came up, in a row: the runner ends
@@ -120,6 +120,7 @@ OUTPUT_TAIL_BYTES = 1 << 20  # ... and the last; the cut between is counted
 OUTPUT_TRIM_BYTES = 4 << 20  # ... as soon as a running step's file is longer
 WAL_BYTES = 4 << 20  # the write-ahead log is checkpointed when it is longer
 WORKER_COMMAND = "worker"  # by which the runner starts a worker
+GIVE_BACK = b'{"give_back":true}'  # what it says to have orders back
 PID_LENGTH = 32  # hex digits of a pid ...
 PID_PREFIX_LENGTH = 6  # ... and of the shortest prefix that may stand for it
 
@@ -647,7 +648,7 @@ class Definition:
         return None if length is None else seconds(length, "timeout")
 
     def order(self, index: int) -> str:
-        """The constant part of a step's order to a worker: JSON without its brace."""
+        """What each order to run this step has in common, as JSON text."""
         if index not in self._orders:
             name, spec = self.steps[index]
             self._orders[index] = to_json(
@@ -658,7 +659,7 @@ class Definition:
                     "directory": self.directory,
                     "args": self.option("args"),
                 }
-            )[:-1]
+            )
         return self._orders[index]
 
 
@@ -690,6 +691,18 @@ class Outcome(
     `ending` is done, interrupt, error, timeout, cancelled or stopped; `data` is JSON
     text, None to pass the input on; `printed` is a Printed, None for nothing.
     """
+
+    __slots__ = ()
+
+
+class Move(namedtuple("Move", "id columns claim", defaults=({}, None))):
+    """What is to change in a process; `claim`: only if that is still its claim."""
+
+    __slots__ = ()
+
+
+class Settled(namedtuple("Settled", "held outcome event following")):
+    """What an outcome has caused; `following` is what is to run now, or None."""
 
     __slots__ = ()
 
@@ -866,9 +879,13 @@ def event_after(ending: str, *, last: bool, retry_left: int) -> str:
     }[ending]
 
 
-def poll_delay(turn: int) -> float:
-    """Seconds before a waiter looks again: 0.25 ms at first, 50 ms in the end."""
-    return min(0.05, 0.00025 * 1.2 ** min(turn, 40))
+def poll_delay(waited: float) -> float:
+    """Seconds before who has waited so long looks again: an eighth of that.
+
+    So looking makes no wait much longer, nor costs much: 0.25 ms at first, 50 ms in
+    the end.
+    """
+    return min(0.05, max(0.00025, waited / 8))
 
 
 # ===========================================================================
@@ -879,6 +896,9 @@ def poll_delay(turn: int) -> float:
 # files, signals.  Both sides of the fork have the same names in the same order.
 
 TREE_VARIABLE = "PROCMAN_TREE"  # in the environment of all that a worker starts
+PIPE_BYTES = 1 << 16  # read at once from a command's pipe
+SILENCE_SECONDS = 0.2  # a pipe that outlives its command is left after so long
+Sink = Callable[[bytes], None]
 
 if sys.platform == "win32":
     import msvcrt
@@ -997,6 +1017,46 @@ if sys.platform == "win32":
             handle = _winapi.CreateFile(path, 0x00100004, 7, 0, 4, 0x80, 0)
             return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_BINARY)
         return os.open(path, flags | os.O_BINARY | os.O_NOINHERIT, 0o600)
+
+    def write_at(fd: int, content: bytes, offset: int) -> int:
+        """Write there, wherever the file's own position is; how many bytes it took."""
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, content)
+
+    def converse(child: Any, data: bytes, sinks: Iterable[Sink]) -> int:
+        """Give a child its input, and each sink what comes from stdout and stderr.
+
+        Returns the exit code.  Not to the end of the pipes, which a grandchild may
+        hold open for ever: until the child has ended and nothing has come for a while.
+        """
+        heard = threading.Event()
+
+        def feed() -> None:
+            with contextlib.suppress(OSError, ValueError):  # it need not read it
+                child.stdin.write(data)
+                child.stdin.close()
+
+        def listen(pipe: Any, sink: Sink) -> None:
+            with contextlib.suppress(OSError, ValueError), pipe:
+                while chunk := os.read(pipe.fileno(), PIPE_BYTES):
+                    sink(chunk)
+                    heard.set()
+
+        threading.Thread(target=feed, daemon=True).start()
+        listeners = [
+            threading.Thread(target=listen, args=ends, daemon=True)
+            for ends in zip((child.stdout, child.stderr), sinks)
+        ]
+        for listener in listeners:
+            listener.start()
+        code: int = child.wait()
+        for listener in listeners:
+            while listener.is_alive():
+                heard.clear()
+                listener.join(SILENCE_SECONDS)
+                if not heard.is_set():
+                    break
+        return code
 
     def unsafe(path: str, *, directory: bool = False) -> str | None:
         """Why this path must not be trusted, None if nothing speaks against it."""
@@ -1181,6 +1241,52 @@ else:
         """Open a file that nobody else may read; return its descriptor."""
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
+    write_at = os.pwrite
+
+    def _feed(fd: int, rest: memoryview) -> tuple[memoryview, bool]:
+        """Write what a pipe has room for: what remains, and whether that is all."""
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            return rest, False
+        except OSError:  # its reader need not read it
+            return rest, True
+        return rest, not rest
+
+    def converse(child: Any, data: bytes, sinks: Iterable[Sink]) -> int:
+        """Give a child its input, and each sink what comes from stdout and stderr.
+
+        Returns the exit code.  Not to the end of the pipes, which a grandchild may
+        hold open for ever: until the child has ended and nothing has come for a while.
+        """
+        import select
+
+        poll, feed, rest = select.poll(), child.stdin.fileno(), memoryview(data)
+        os.set_blocking(feed, False)
+        poll.register(feed, select.POLLOUT)
+        pipes = {feed: child.stdin}
+        for pipe in (child.stdout, child.stderr):
+            pipes[pipe.fileno()] = pipe
+            poll.register(pipe, select.POLLIN)
+        sink_of = dict(zip((child.stdout, child.stderr), sinks))
+        ready = [(feed, 0)]  # a pipe that is new has room
+        with child.stdin, child.stdout, child.stderr:
+            while ready or child.poll() is None:
+                for fd, _ in ready:
+                    if fd == feed:
+                        rest, over = _feed(feed, rest)
+                    else:
+                        chunk = os.read(fd, PIPE_BYTES)
+                        sink_of[pipes[fd]](chunk)
+                        over = not chunk
+                    if over:
+                        poll.unregister(fd)
+                        pipes.pop(fd).close()
+                if not pipes:
+                    break
+                ready = poll.poll(SILENCE_SECONDS * 1000)
+        return child.wait()  # type: ignore[no-any-return]
+
     def unsafe(path: str, *, directory: bool = False) -> str | None:
         """Why this path must not be trusted, None if nothing speaks against it."""
         try:
@@ -1328,6 +1434,7 @@ class OutputFile:
         self.path = path
         self._fd = -1
         self._first_line = b""
+        self._used = True  # something may stand behind the first line
         self._size_read = 0
 
     def create(self) -> int:
@@ -1340,11 +1447,11 @@ class OutputFile:
         with contextlib.suppress(OSError):  # a full disk stops no step
             if self._fd < 0:  # beside the one that appends and may do no more
                 self._fd = private_file(self.path, os.O_RDWR)
-            self._first_line = self._line(owner, 0)
-            if os.fstat(self._fd).st_size != len(self._first_line):
+            first_line = self._line(owner, 0)
+            if self._used or len(first_line) != len(self._first_line):
                 os.ftruncate(self._fd, 0)
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, self._first_line)
+            self._first_line = first_line
+            write_at(self._fd, first_line, 0)
 
     @staticmethod
     def _line(owner: str, cut: int) -> bytes:
@@ -1352,9 +1459,12 @@ class OutputFile:
 
     def has_some(self) -> bool:
         """Whether anything was printed since `begin`."""
-        with contextlib.suppress(OSError):
-            return os.fstat(self._fd).st_size > len(self._first_line)
-        return False
+        try:
+            self._used = os.fstat(self._fd).st_size != len(self._first_line)
+        except OSError:
+            self._used = True
+            return False
+        return self._used
 
     def read(self) -> tuple[str, Printed]:
         """(owner, what it has printed so far)."""
@@ -1393,12 +1503,11 @@ class OutputFile:
             try:
                 # In this order a reader finds the first line at any moment.
                 line = self._line(owner, printed.cut)
-                kept = os.write(fd, line + printed.head + printed.tail)
+                kept = write_at(fd, line + printed.head + printed.tail, 0)
                 grown = os.fstat(fd).st_size
                 os.ftruncate(fd, kept)  # at once: what comes between is not counted
-                os.lseek(fd, 0, os.SEEK_SET)
                 more = grown - self._size_read  # printed since it was read
-                os.write(fd, self._line(owner, printed.cut + more))
+                write_at(fd, self._line(owner, printed.cut + more), 0)
             finally:
                 os.close(fd)
 
@@ -1526,6 +1635,15 @@ def wal_reset_bug() -> bool:
     return version < _FIXED_VERSIONS[-1] and not any(
         fixed[:2] == version[:2] and version >= fixed for fixed in _FIXED_VERSIONS
     )
+
+
+def _uneven_pause() -> float:
+    """Seconds until the next try for a lock.
+
+    SQLite's own busy handler sleeps ever longer and starves beside a busy writer; short
+    sleeps of uneven length do not.  See bench_fairness.
+    """
+    return 0.0005 + 0.002 * jitter()
 
 
 _inherited: list[Connection] = []  # of a parent process, never touched again
@@ -1722,20 +1840,16 @@ class Database:
 
         return shutil.disk_usage(os.path.dirname(self.path)).free >= 1 << 16
 
-    def _retry(self, action: Callable[[], Any], wait: float = BUSY_SECONDS) -> Any:
-        """Do it, again and again while another holds the lock.
-
-        SQLite's own busy handler sleeps ever longer and starves beside a busy
-        writer; short sleeps of uneven length do not.  See bench_fairness.
-        """
-        deadline = time.monotonic() + wait
+    def _retry(self, action: Callable[[], Any]) -> Any:
+        """Do it, again and again while another holds the lock."""
+        deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
                 return action()
             except (sqlite3.OperationalError, Busy) as error:
                 if "lock" not in str(error) or time.monotonic() >= deadline:
                     raise
-            time.sleep(0.0005 + 0.002 * jitter())
+            time.sleep(_uneven_pause())
 
     @contextlib.contextmanager
     def transaction(
@@ -1746,32 +1860,38 @@ class Database:
         Raises Busy after `wait` seconds.  Not `durable`: what it wrote may be lost in
         a power cut, as a claim may; it is never half there.
         """
-        with contextlib.ExitStack() as turn:
-            self._retry(lambda: self._begin(turn, durable), wait)
-            db = self.db
-            try:
-                self.check_identity()
-                yield db
-                db.execute("COMMIT")
-            finally:
-                if db.in_transaction:  # a full disk has rolled back already
-                    db.execute("ROLLBACK")
-            self._commits += 1
-            with contextlib.suppress(sqlite3.Error):  # what is committed is committed
-                self.checkpoint()
+        deadline = time.monotonic() + wait
+        while True:
+            with self._my_turn():  # not while it waits: others may read meanwhile
+                if self._begin(durable, last=time.monotonic() >= deadline):
+                    try:
+                        self.check_identity()
+                        yield self.db
+                        self.db.execute("COMMIT")
+                    finally:
+                        if self.db.in_transaction:  # else a full disk has done it
+                            self.db.execute("ROLLBACK")
+                    break
+            time.sleep(_uneven_pause())
+        self._commits += 1
+        with contextlib.suppress(sqlite3.Error):  # what is committed is committed
+            self.checkpoint()
 
-    def _begin(self, turn: contextlib.ExitStack, durable: bool) -> None:
-        """Take the turn and the write lock, or neither: others may read meanwhile."""
-        with contextlib.ExitStack() as attempt:
-            attempt.enter_context(self._my_turn())
-            if durable != self._durable:
-                level = "FULL" if durable else "NORMAL"
-                self.db.execute(f"PRAGMA synchronous = {level}")
-                self._durable = durable
+    def _begin(self, durable: bool, *, last: bool) -> bool:
+        """Take the write lock; False if another has it, and on the `last` try Busy."""
+        if durable != self._durable:
+            level = "FULL" if durable else "NORMAL"
+            self.db.execute(f"PRAGMA synchronous = {level}")
+            self._durable = durable
+        try:
             # IMMEDIATE: a deferred transaction that turns into a write after another
             # commit fails at once, whatever the wait.
             self.db.execute("BEGIN IMMEDIATE")
-            turn.push(attempt.pop_all())
+        except sqlite3.OperationalError as error:
+            if last or "lock" not in str(error):
+                raise
+            return False
+        return True
 
     def check_identity(self) -> None:
         """Into a deleted file inserts succeed: say so before anything is promised."""
@@ -1822,6 +1942,9 @@ class Database:
         return self.read("PRAGMA data_version")[0][0], self._commits
 
 
+_AT_ONCE = 500  # rows of one query; SQLite may take no more than 999 parameters
+
+
 class Store(Database):
     """The processes in a database: every read, write and transition.
 
@@ -1851,9 +1974,9 @@ class Store(Database):
         ).lastrowid
         assert row_id is not None
         db.execute("INSERT INTO data VALUES (?, 0, ?)", (row_id, new.data))
-        self.add_event(db, row_id, "start")
+        self._add_events(db, "start", [(row_id, None)])
         if new.definition.startswith('{"steps":{},'):
-            self.transition(db, "finish", row_id)
+            self.transition(db, "finish", Move(row_id))
 
     def insert_with(self, connection: Connection, new: Submission) -> None:
         """The same, in a transaction of somebody else's connection to this database."""
@@ -1918,6 +2041,31 @@ class Store(Database):
         if len(rows) > 1:
             raise NotFound(f"{pid} is the beginning of several pids: write more of it")
         return rows[0]
+
+    def whole(self, pid: str) -> str:
+        """The pid that a unique prefix stands for; raises NotFound."""
+        return pid if len(check_pid(pid)) == PID_LENGTH else str(self.find(pid)["pid"])
+
+    def unsettled(self, pids: list[str], *, look_at_all: bool = True) -> list[str]:
+        """Those of these pids that are neither final nor interrupted, in order.
+
+        Not `look_at_all`: what comes after the first such is taken for one too.
+        Raises NotFound.
+        """
+        found: list[str] = []
+        start, end = 0, _AT_ONCE if look_at_all else 1
+        while start < len(pids) and (look_at_all or not found):
+            some = pids[start:end]
+            marks = ", ".join("?" * len(some))
+            sql = f"SELECT pid, status FROM process WHERE pid IN ({marks})"
+            states = dict(map(tuple, self.read(sql, some)))
+            for pid in some:
+                if pid not in states:
+                    raise NotFound(f"no process {pid} in {self.path}")
+                if states[pid] in (QUEUED, RUNNING, WAITING):
+                    found.append(pid)
+            start, end = end, end + min(2 * len(some), _AT_ONCE)
+        return found + pids[start:]
 
     _SHOWN = """
         SELECT process.*, data.data FROM process
@@ -2032,6 +2180,11 @@ class Store(Database):
                         return printed
         return Printed()
 
+    def bells(self, db: Connection) -> list[int]:
+        """The ports on which the registered runners are to be rung."""
+        rows = db.execute("SELECT port FROM runner WHERE port IS NOT NULL")
+        return [row[0] for row in rows]
+
     def runners(self) -> list[Row]:
         """All that are registered, alive or not."""
         return self.read("SELECT * FROM runner ORDER BY id")
@@ -2107,15 +2260,17 @@ class Store(Database):
             rows += due[: limit - len(rows)]
             if len(rows) >= limit:
                 break
-        claimed = (self._claim(db, runner, row, now) for row in rows)
-        return [held for held in claimed if held is not None]
+        claims = []
+        for row in rows:
+            columns = {"runner": runner, "claim": row["claim"] + 1}
+            columns["started_at"] = row["started_at"] or now
+            claims.append(Move(row["id"], columns))
+        self.transition(db, "claim", *claims)
+        held = (self._hold(db, row) for row in rows)
+        return [one for one in held if one is not None]
 
-    def _claim(self, db: Connection, runner: int, row: Row, now: float) -> Held | None:
-        """Claim one; None where its rows are damaged, which is its error."""
-        columns = {"runner": runner, "claim": row["claim"] + 1}
-        if row["started_at"] is None:
-            columns["started_at"] = now
-        self.transition(db, "claim", row["id"], columns)
+    def _hold(self, db: Connection, row: Row) -> Held | None:
+        """What was claimed; None where its rows are damaged, which is its error."""
         try:
             definition = self.definition(row["definition"])
             if not isinstance(row["data"], str) or not definition.step_name(
@@ -2124,7 +2279,8 @@ class Store(Database):
                 raise StorageError(f"the database {self.path} has lost the step's data")
         except StorageError as error:
             failure = to_json(make_error(None, "StorageError", str(error)))
-            self.transition(db, "fail", row["id"], {"error": failure, "runner": None})
+            columns = {"error": failure, "runner": None}
+            self.transition(db, "fail", Move(row["id"], columns))
             return None
         timeout = definition.option("timeout")
         return Held(
@@ -2142,41 +2298,71 @@ class Store(Database):
     # --- recording ---------------------------------------------------------
 
     def record(
-        self, db: Connection, held: Held, outcome: Outcome
-    ) -> tuple[str, Held | None]:
-        """Write how a step ended; return the event, and what to run if it goes on.
+        self, db: Connection, results: Iterable[tuple[Held, Outcome]]
+    ) -> list[Settled]:
+        """Write how steps ended, and say what that has caused.
 
         The event is `lost` where the claim is no longer ours: nothing was written.
         """
-        definition, following = held.definition, held.step_index + 1
-        event = event_after(
-            outcome.ending,
-            last=following == len(definition.steps),
-            retry_left=definition.retry_left(held.attempt),
-        )
-        columns = self._columns_after(event, held, outcome)
+        alike: dict[Any, list[tuple[Held, Outcome, Json]]] = {}
+        for held, outcome in results:
+            event = event_after(
+                outcome.ending,
+                last=held.step_index + 1 == len(held.definition.steps),
+                retry_left=held.definition.retry_left(held.attempt),
+            )
+            columns = self._columns_after(event, held, outcome)
+            alike.setdefault((event, *columns), []).append((held, outcome, columns))
+        settled: list[Settled] = []
+        for (event, *_), group in alike.items():
+            settled += self._record_alike(db, event, group)
+        return settled
+
+    def _record_alike(
+        self, db: Connection, event: str, group: list[tuple[Held, Outcome, Json]]
+    ) -> list[Settled]:
+        """The same for results that change the same columns: together, if all may."""
+        held, outcome, _ = group[0]
+        moves = [Move(held.id, columns, held.claim) for held, _, columns in group]
         if event == "step":
-            moved = self._update(db, held.id, columns, (RUNNING,), held.claim)
-            if moved:
-                detail = definition.step_name(held.step_index)
-                self.add_event(db, held.id, "step", detail)
+            details = [held.definition.step_name(held.step_index) for held, *_ in group]
+            moved = self._move(db, event, (RUNNING,), moves, details)
         else:
-            moved = self.transition(db, event, held.id, columns, claim=held.claim)
-        if not moved and event != "cancel":  # a cancel may have come between
-            return self.record(db, held, Outcome("cancelled", printed=outcome.printed))
-        if not moved:
-            return "lost", None
-        data = held.data if outcome.data is None else outcome.data
-        if outcome.ending in ("done", "interrupt"):
-            sql = "INSERT OR REPLACE INTO data VALUES (?, ?, ?)"
-            db.execute(sql, (held.id, following, data))
-        if outcome.printed is not None:
-            whole = self._stored_output(held.id).plus(outcome.printed)
-            sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
-            db.execute(sql, (held.id, *whole))
-        if event != "step":
-            return event, None
-        return event, held._replace(step_index=following, data=data, crashes=0)
+            moved = self.transition(db, event, *moves)
+        if moved:
+            return self._keep_results(db, event, group)
+        if len(group) > 1:  # one was cancelled or lost meanwhile: which?
+            return [
+                settled
+                for single in group
+                for settled in self._record_alike(db, event, [single])
+            ]
+        if event != "cancel":
+            outcome = Outcome("cancelled", printed=outcome.printed)
+            return self.record(db, [(held, outcome)])
+        return [Settled(held, outcome, "lost", None)]
+
+    def _keep_results(
+        self, db: Connection, event: str, group: list[tuple[Held, Outcome, Json]]
+    ) -> list[Settled]:
+        """Write down what these steps returned and printed."""
+        settled, inputs = [], []
+        for held, outcome, _ in group:
+            data = held.data if outcome.data is None else outcome.data
+            if outcome.ending in ("done", "interrupt"):
+                inputs.append((held.id, held.step_index + 1, data))
+            if outcome.printed is not None:
+                whole = self._stored_output(held.id).plus(outcome.printed)
+                sql = "INSERT OR REPLACE INTO output VALUES (?, ?, ?, ?)"
+                db.execute(sql, (held.id, *whole))
+            following = None
+            if event == "step":
+                following = held._replace(
+                    step_index=held.step_index + 1, data=data, crashes=0
+                )
+            settled.append(Settled(held, outcome, event, following))
+        db.executemany("INSERT OR REPLACE INTO data VALUES (?, ?, ?)", inputs)
+        return settled
 
     def _columns_after(self, event: str, held: Held, outcome: Outcome) -> Json:
         """What changes beside the status."""
@@ -2198,8 +2384,8 @@ class Store(Database):
     def record_progress(self, db: Connection, held: Held, progress: Json) -> None:
         """Keep how far a running process says it is."""
         text = to_json(progress, "progress")
-        if self._update(db, held.id, {"progress": text}, (RUNNING,), held.claim):
-            self.add_event(db, held.id, "progress", text)
+        move = Move(held.id, {"progress": text}, held.claim)
+        self._move(db, "progress", (RUNNING,), [move], [text])
 
     def cancel(self, db: Connection, pid: str) -> str:
         """Cancel a process, or leave its runner the wish; return the pid.
@@ -2211,7 +2397,7 @@ class Store(Database):
             sql = "UPDATE process SET cancel_requested = 1 WHERE id = ?"
             db.execute(sql, (row["id"],))
         elif row["status"] != CANCELLED:
-            if not self.transition(db, "cancel", row["id"]):
+            if not self.transition(db, "cancel", Move(row["id"])):
                 raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
         return str(row["pid"])
 
@@ -2227,12 +2413,13 @@ class Store(Database):
         sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
         db.execute(sql, (to_json(merged), *key))
         if row["step_index"] == len(self.definition(row["definition"]).steps):
-            self.transition(db, "finish", row["id"])
+            self.transition(db, "finish", Move(row["id"]))
         else:
             now = self.now()
             first = self.next_due([row["queue"]])
             due = now if first is None else min(now, first - 0.001)
-            self.transition(db, "proceed", row["id"], {"due_at": due, "error": None})
+            columns = {"due_at": due, "error": None}
+            self.transition(db, "proceed", Move(row["id"], columns))
         return str(row["pid"])
 
     # --- runners -----------------------------------------------------------
@@ -2329,7 +2516,7 @@ class Store(Database):
         columns: Json = {"runner": None, "crashes": crashes}
         if event in ("interrupt", "fail"):
             columns["error"] = to_json(make_error(step, "RunnerDied", reason))
-        self.transition(db, event, row["id"], columns, claim=row["claim"])
+        self.transition(db, event, Move(row["id"], columns, row["claim"]))
 
     # --- upkeep ------------------------------------------------------------
 
@@ -2389,60 +2576,81 @@ class Store(Database):
 
     # --- the state machine -------------------------------------------------
 
-    def transition(
-        self,
-        db: Connection,
-        event: str,
-        row_id: int,
-        columns: Json | None = None,
-        *,
-        claim: int | None = None,
-    ) -> bool:
-        """Move a process along TRANSITIONS; False, and nothing, if it may not be.
+    def transition(self, db: Connection, event: str, *moves: Move) -> bool:
+        """Move processes along TRANSITIONS: all of them; or none, and False.
 
-        The one writer of `status`.  With `claim` it moves only if that is still its
-        claim and, whatever the event but `cancel`, nobody wants it cancelled.
+        The one writer of `status`.  With a claim a process moves only if that is
+        still its claim and, whatever the event but `cancel`, nobody wants it cancelled.
         """
         sources, target = TRANSITIONS[event]
-        columns = {"status": target, **(columns or {})}
+        status: Json = {"status": target}
         if target in FINAL_STATES:
-            columns["finished_at"] = self.now()
-        if not self._update(db, row_id, columns, sources, claim):
-            return False
-        self.add_event(db, row_id, event)
-        return True
+            status["finished_at"] = self.now()
+        complete = [
+            move._replace(columns={**move.columns, **status}) for move in moves
+        ]
+        return self._move(db, event, sources, complete, [None] * len(moves))
 
-    def _update(
+    def _move(
         self,
         db: Connection,
-        row_id: int,
-        columns: Json,
+        kind: str,
         sources: tuple[str, ...],
-        claim: int | None,
+        moves: list[Move],
+        details: Iterable[str | None],
     ) -> bool:
-        """One guarded UPDATE; whether it found its row."""
-        key = (sources, claim is None, *columns)
-        sql = self._updates.get(key)
-        if sql is None:
-            states = ", ".join(f"'{word}'" for word in sources)
-            guard = "" if claim is None else " AND claim = ?"
-            if claim is not None and columns.get("status") != CANCELLED:
-                guard += " AND NOT cancel_requested"
-            sql = self._updates[key] = (
-                f"UPDATE process SET {', '.join(f'{name} = ?' for name in columns)}"
-                f" WHERE id = ? AND status IN ({states}){guard}"
-            )
-        values = [*columns.values(), row_id]
-        if claim is not None:
-            values.append(claim)
-        return db.execute(sql, values).rowcount > 0
+        """Guarded UPDATEs of the same columns, with an event for each: all or none.
 
-    def add_event(
-        self, db: Connection, row_id: int, kind: str, detail: str | None = None
+        Of many that were just looked at nearly always all may move: so they are tried
+        together, which takes two thirds of the time.
+        """
+        if not moves:
+            return True
+        claimed = moves[0].claim is not None
+        sql = self._update_sql(sources, tuple(moves[0].columns), claimed)
+        values = [
+            (*columns.values(), row_id, *([claim] if claimed else []))
+            for row_id, columns, claim in moves
+        ]
+        if len(moves) > 1:
+            db.execute("SAVEPOINT moves")
+        moved = db.executemany(sql, values).rowcount == len(moves)
+        if moved:
+            ids = [move.id for move in moves]
+            self._add_events(db, kind, zip(ids, details))
+        elif len(moves) > 1:
+            db.execute("ROLLBACK TO moves")
+        if len(moves) > 1:
+            db.execute("RELEASE moves")
+        return moved
+
+    def _update_sql(
+        self, sources: tuple[str, ...], columns: tuple[str, ...], claimed: bool
+    ) -> str:
+        """An UPDATE of these columns that is guarded by the state, or by the claim."""
+        key = (sources, columns, claimed)
+        if key not in self._updates:
+            states = ", ".join(f"'{word}'" for word in sources)
+            guard = f"status IN ({states})"
+            if claimed:
+                guard = "status = 'running' AND claim = ?"
+                if sources != OPEN_STATES:  # those of `cancel`, which is that wish
+                    guard += " AND NOT cancel_requested"
+            self._updates[key] = (
+                f"UPDATE process SET {', '.join(f'{name} = ?' for name in columns)}"
+                f" WHERE id = ? AND {guard}"
+            )
+        return self._updates[key]
+
+    def _add_events(
+        self, db: Connection, kind: str, whose: Iterable[tuple[int, str | None]]
     ) -> None:
-        """Write down what happened."""
-        sql = "INSERT INTO event (process, at, kind, detail) VALUES (?, ?, ?, ?)"
-        db.execute(sql, (row_id, self.now(), kind, detail))
+        """Write down what happened, for each (row id, detail)."""
+        now = self.now()
+        db.executemany(
+            "INSERT INTO event (process, at, kind, detail) VALUES (?, ?, ?, ?)",
+            [(row_id, now, kind, detail) for row_id, detail in whose],
+        )
 
 
 # ===========================================================================
@@ -2605,33 +2813,21 @@ class _FunctionStep:
         self.execute = function
 
 
-class _Tee(threading.Thread):
-    """Copies a command's pipe to this process's own output, and keeps what fits.
+class _Printed:
+    """What a command prints on one pipe: copied to our own output, and kept if it fits.
 
-    Not to its end: a grandchild may hold the pipe open for ever.  It is done when the
-    command has ended and nothing has come for a while.
+    `target`: the descriptor it is copied to.  Kept: the first `limit` bytes, the last.
     """
 
-    def __init__(self, pipe: Any, target: int, limit: int):
-        super().__init__(daemon=True)
-        self._pipe, self._target = pipe, target
-        self._head, self._limit, self._tail = bytearray(), limit, bytearray()
-        self.cut, self.moved = 0, 0
-        self.start()
+    def __init__(self, target: int, limit: int):
+        self._target, self._limit = target, limit
+        self._head, self._tail = bytearray(), bytearray()
+        self.cut = 0
 
-    def run(self) -> None:
-        """Copy until the pipe ends."""
-        with contextlib.suppress(OSError, ValueError):
-            while True:
-                chunk = os.read(self._pipe.fileno(), 65536)
-                if not chunk:
-                    return
-                with contextlib.suppress(OSError):  # a full disk stops no command
-                    os.write(self._target, chunk)
-                self._keep(chunk)
-                self.moved += len(chunk)
-
-    def _keep(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes) -> None:
+        """Take what has come."""
+        with contextlib.suppress(OSError):  # a full disk stops no command
+            os.write(self._target, chunk)
         room = self._limit - len(self._head)
         self._head += chunk[:room]
         self._tail += chunk[room:]
@@ -2639,31 +2835,15 @@ class _Tee(threading.Thread):
             self.cut += len(self._tail) - OUTPUT_TAIL_BYTES
             del self._tail[:-OUTPUT_TAIL_BYTES]
 
-    def finish(self) -> None:
-        """Wait for what the command itself has printed, no longer."""
-        before = -1
-        while self.is_alive() and self.moved != before:
-            before = self.moved
-            self.join(0.2)
-        with contextlib.suppress(OSError):
-            if not self.is_alive():
-                self._pipe.close()
-
     def kept(self) -> bytes:
         """The first and the last of what came."""
         gap = b"\n[... %d bytes cut ...]\n" % self.cut if self.cut else b""
         return bytes(self._head) + gap + bytes(self._tail)
 
 
-def _feed(pipe: Any, data: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it need not read all, or any
-        pipe.write(data)
-        pipe.close()
-
-
 def _run_command(
     command: list[str] | str, data: bytes, limit: int
-) -> tuple[int, _Tee, _Tee]:
+) -> tuple[int, _Printed, _Printed]:
     """Run it with `data` on standard input: (exit code, what it printed, errors)."""
     import subprocess
 
@@ -2682,19 +2862,13 @@ def _run_command(
             type(error).__name__,
             f"cannot run {shorten(name, 200)!r}: {error.strerror} (in {os.getcwd()})",
         ) from None
+    out, err = _Printed(1, limit), _Printed(2, OUTPUT_HEAD_BYTES)
     try:
-        out = _Tee(child.stdout, 1, limit)
-        err = _Tee(child.stderr, 2, OUTPUT_HEAD_BYTES)
-        feeder = threading.Thread(target=_feed, args=(child.stdin, data), daemon=True)
-        feeder.start()
-        code = child.wait()
+        return converse(child, data, (out.add, err.add)), out, err
     except BaseException:
         child.kill()
         child.wait()
         raise
-    out.finish()
-    err.finish()
-    return code, out, err
 
 
 def _command_failed(command: list[str] | str, code: int, tail: str) -> StepError:
@@ -2809,10 +2983,11 @@ def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
         sys.argv = arguments
         if _environ != environment:
             decode = os.environ.decodevalue
-            for name in _environ.keys() - environment.keys():
-                del os.environ[decode(name)]
-            for name, value in environment.items():
-                os.environ[decode(name)] = decode(value)
+            for name in {name for name, _ in _environ.items() ^ environment.items()}:
+                if name in environment:
+                    os.environ[decode(name)] = decode(environment[name])
+                else:
+                    del os.environ[decode(name)]
 
 
 async def _await(result: Any) -> Any:
@@ -2920,8 +3095,9 @@ class StepExecutor:
 # 7. Worker: the child's side of the pipe
 # ===========================================================================
 #
-# The life of a child, from top to bottom.  Its frames are lines: a JSON header,
-# and in a report that has data a tab and that data as JSON text.
+# The life of a child, from top to bottom.  Its frames are lines of JSON texts with
+# tabs between them: an order is a step (Definition.order), whose it is, and its
+# input; a report is a header and, where there is one, the output.
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -3054,7 +3230,9 @@ class _Worker:
         self._connection = connection
         import queue
 
-        self._inbox: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._step_text = ""  # of the last order ...
+        self._step: Json = {}  # ... parsed once
         self._output = OutputFile(hello["output"])
         self._script_args, self._database = hello["script_args"], hello["database"]
         self._limit = hello["limit"]
@@ -3074,12 +3252,10 @@ class _Worker:
         """Take frames in (a thread of its own); when they end the runner is gone."""
         with contextlib.suppress(OSError):  # a step has closed it
             for line in frames:
-                header, _, data = line.partition(b"\t")
-                order = json.loads(header)
-                if "give_back" in order:
+                if line == GIVE_BACK:
                     self._connection.send({"given_back": self._give_back()})
                 else:
-                    self._inbox.put({**order, "data": data})
+                    self._inbox.put(line)
         kill_children()
         self._output.remove()
         os._exit(0 if self._connection.intact() else BROKEN_PIPE_EXIT)
@@ -3091,14 +3267,22 @@ class _Worker:
         numbers = []
         with contextlib.suppress(queue.Empty):
             while True:
-                numbers.append(self._inbox.get_nowait()["id"])
+                whose = self._inbox.get_nowait().split(b"\t", 2)[1]
+                numbers.append(json.loads(whose)["id"])
         return numbers
+
+    def _next_order(self) -> Json:
+        """Wait for what Definition.order and WorkerHandle.give have put together."""
+        step, whose, data = self._inbox.get().decode().split("\t", 2)
+        if step != self._step_text:
+            self._step_text, self._step = step, json.loads(step)
+        return {**self._step, **json.loads(whose), "data": data}
 
     def run(self) -> None:
         """Serve until this worker should be replaced."""
         self._traces = traces()
         while True:
-            order = self._inbox.get()
+            order = self._next_order()
             reason = self._unfit(order)
             if reason:
                 self._connection.send({"retire": reason})
@@ -3298,10 +3482,9 @@ class ProcessManager:
         for item in processes:
             process, data = item if isinstance(item, tuple) else (item, None)
             ready.append(self._prepare(process, data, directory))
-        with self.store.transaction() as db:
+        with self._verb() as db:
             for new in ready:
                 self.store.insert(db, new)
-        self.ring()
         return [new.pid for new in ready]
 
     def _prepare(
@@ -3372,20 +3555,16 @@ class ProcessManager:
         """
         merged = expect_object({} if data is None else data)
         to_json(merged)
-        with self.store.transaction() as db:
-            pid = self.store.proceed(db, pid, merged)
-        self.ring()
-        return pid
+        with self._verb() as db:
+            return self.store.proceed(db, pid, merged)
 
     def cancel(self, pid: str) -> str:
         """Cancel an open process; a running one is ended by its runner, then cancelled.
 
         Acknowledged is kept: it ends as cancelled even if its last step just ended.
         """
-        with self.store.transaction() as db:
-            pid = self.store.cancel(db, pid)
-        self.ring()
-        return pid
+        with self._verb() as db:
+            return self.store.cancel(db, pid)
 
     def wait(self, pid: str, timeout: float | None = None) -> ProcessInfo:
         """The process once it is final or interrupted.
@@ -3404,46 +3583,40 @@ class ProcessManager:
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """All of them, in order, once each is final or interrupted."""
-        return self._wait(pids, None, timeout)
+        return self._wait(pids, timeout, enough=False)
 
     def wait_any(
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """Those that are final or interrupted, as soon as there is one."""
-        return self._wait(pids, 1, timeout)
+        return self._wait(pids, timeout, enough=True)
 
     def _wait(
-        self, wanted: Iterable[str], enough: int | None, timeout: float | None
+        self, wanted: Iterable[str], timeout: float | None, *, enough: bool
     ) -> list[ProcessInfo]:
+        """Until all are final or interrupted, or where one is `enough` until one is."""
         if isinstance(wanted, str):
             raise BadType("pids must be a list of texts, not one text")
-        deadline = (
-            None if timeout is None else time.monotonic() + seconds(timeout, "timeout")
-        )
-        pids = [self.store.find(pid)["pid"] for pid in wanted]
-        open_pids, settled = list(pids), set()
-        turn, version = 0, (-1, -1)
-        while open_pids:
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        pids = [self.store.whole(pid) for pid in wanted]
+        left, began, version = pids, time.monotonic(), (-1, -1)
+        self.store.unsettled(pids)  # there are all
+        while True:
             seen = self.store.version()
             if seen != version:
-                version, turn = seen, 0
-                states = {pid: self.get_process_status(pid) for pid in open_pids}
-                settled |= {
-                    pid
-                    for pid in open_pids
-                    if states[pid] in (*FINAL_STATES, INTERRUPTED)
-                }
-                open_pids = [pid for pid in open_pids if pid not in settled]
-                if not open_pids or (enough and len(settled) >= enough):
+                version = seen
+                left = self.store.unsettled(left, look_at_all=enough)
+                if not left or (enough and len(left) < len(pids)):
                     break
-            if deadline is not None and time.monotonic() >= deadline:
+            waited = time.monotonic() - began
+            if limit is not None and waited >= limit:
                 raise WaitTimeout(
-                    f"after {timeout} s {len(open_pids)} of {len(pids)} still open,"
-                    f" first {open_pids[0]}: {states[open_pids[0]]}"
+                    f"after {timeout} s {len(left)} of {len(pids)} still open,"
+                    f" first {left[0]}: {self.get_process_status(left[0])}"
                 )
-            time.sleep(poll_delay(turn))
-            turn += 1
-        return [self.get_process_info(pid) for pid in pids if pid in settled]
+            time.sleep(poll_delay(waited))
+        still_open = set(left)
+        return [self.get_process_info(pid) for pid in pids if pid not in still_open]
 
     def logs(self, pid: str, *, raw: bool = False) -> Any:
         """What its steps have printed so far: text, or with `raw` the bytes."""
@@ -3454,16 +3627,22 @@ class ProcessManager:
         """Delete processes that ended longer ago than that; return how many."""
         return self.store.prune(seconds(older_than, "older_than"))
 
-    def ring(self) -> None:
-        """Wake the waiting runners: a byte that may get lost, for they look anyway."""
-        with contextlib.suppress(OSError, StorageError):  # what is queued is queued
-            self._ring()
+    @contextlib.contextmanager
+    def _verb(self) -> Iterator[Connection]:
+        """A transaction; after its commit the waiting runners are rung."""
+        with self.store.transaction() as db:
+            yield db
+            bells = self.store.bells(db)
+        self._ring(bells)
 
-    def _ring(self) -> None:
-        ports = [row["port"] for row in self.store.runners() if row["port"]]
-        if not ports:
-            return
-        if self._socket is None:
+    def ring(self) -> None:
+        """Wake the waiting runners: after a commit of your own connection."""
+        with contextlib.suppress(StorageError):  # what is queued is queued
+            self._ring([row["port"] for row in self.store.runners() if row["port"]])
+
+    def _ring(self, ports: list[int]) -> None:
+        """Send each a byte, which may get lost, for they look anyway."""
+        if ports and self._socket is None:
             import socket
 
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -3507,7 +3686,7 @@ class WorkerHandle:
         self.garbled: str | None = None  # what was wrong with what it said
         self.child: asyncio.subprocess.Process | None = None
         self.tree: Tree | None = None
-        self._alone = False
+        self.alone = False
         self._orders = [json.dumps(hello) + "\n"]
 
     async def spawn(self) -> None:
@@ -3564,21 +3743,25 @@ class WorkerHandle:
 
     @staticmethod
     def _frame(line: bytes) -> tuple[Json, str | None]:
-        header, tab, data = line.partition(b"\t")
-        return json.loads(header), data.decode() if tab else None
+        header, tab, data = line.decode().partition("\t")
+        return json.loads(header), data if tab else None
 
     def room(self) -> int:
         """How many more steps it may be handed now: short ones several at a time."""
-        if self.leaving or (self.held and (self._alone or not self.ready)):
+        if self.leaving or (self.held and (self.alone or not self.ready)):
             return 0
         if self.held and time.monotonic() - self.head_since > AHEAD_SECONDS:
             return 0
-        ahead = max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
-        return max(0, ahead - len(self.held))
+        return max(0, self._ahead() - len(self.held))
 
-    def idle(self) -> bool:
-        """Whether it could begin a step now."""
-        return not self.held and not self.leaving
+    def _ahead(self) -> int:
+        """How many steps it should hold, by its own pace."""
+        return max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
+
+    def hungry(self) -> bool:
+        """Whether it has nothing to do, or soon will have."""
+        wants = self.ready and not self.leaving
+        return wants and len(self.held) <= self._ahead() // 2
 
     def give(self, held: Held) -> None:
         """Hand a step over, with the next `flush`; it runs after those held before.
@@ -3588,13 +3771,13 @@ class WorkerHandle:
         """
         if not self.held:
             self.head_since = time.monotonic()
-        self._alone = held.crashes > 0
+        self.alone = held.crashes > 0
         self.held[held.id] = held
+        data = held.data.replace("\n", " ")  # which only a hand can have put there
         self._orders.append(
-            f'{held.definition.order(held.step_index)},"id":{held.id},'
-            f'"pid":"{held.pid}","claim":{held.claim},"attempt":{held.attempt}}}\t'
-            + held.data.replace("\n", " ")  # which only a hand can have put there
-            + "\n"
+            f'{held.definition.order(held.step_index)}\t{{"id":{held.id},'
+            f'"pid":"{held.pid}","claim":{held.claim},"attempt":{held.attempt}}}'
+            f"\t{data}\n"
         )
 
     def flush(self) -> None:
@@ -3609,7 +3792,7 @@ class WorkerHandle:
         """Ask for what waits behind the running step."""
         if not self.asked_back:
             self.asked_back = True
-            self._orders.append('{"give_back":true}\n')
+            self._orders.append(GIVE_BACK.decode() + "\n")
             self.flush()
 
     def stalls_at(self) -> float | None:
@@ -3727,9 +3910,11 @@ class Pool:
             self.spawned.append(worker)
             self._wake()
             async for frames in worker.frames():
+                company = bool(self.results)  # for these, whose time is known
                 for header, data in frames:
                     self._on_frame(worker, header, data)
-                self._wake()
+                if not company or self.ripe_at() <= time.monotonic():
+                    self._wake()
                 if worker.leaving == "retire":
                     break
             await self._clear(worker)
@@ -3791,6 +3976,8 @@ class Pool:
         elif header["ending"] != "stopped" or worker.leaving == "stop":
             # Else its tree has to go first: see `_settle`.
             self._on_report(worker, header, data)
+            return
+        self._wake()
 
     def _on_report(self, worker: WorkerHandle, header: Json, data: str | None) -> None:
         if "error" in header:
@@ -3842,6 +4029,18 @@ class Pool:
             said = said or worker.garbled or f"it ended with {code}"
             self.failure = ProcmanError(f"no worker of {sys.executable} starts: {said}")
 
+    def busy(self) -> bool:
+        """Whether a step runs or waits in a worker."""
+        return any(worker.held for worker in self.workers)
+
+    def ripe_at(self) -> float:
+        """From when on (monotonic) the results should wait no longer for company."""
+        if len(self.results) >= GROUP_SIZE or not self.busy():
+            return 0.0
+        if any(worker.hungry() for worker in self.workers):
+            return 0.0
+        return self.first_result_at + GROUP_SECONDS
+
     def may_spawn(self) -> int:
         """How many more workers there may be just now."""
         if time.monotonic() < self.spawn_after:
@@ -3855,28 +4054,23 @@ class Pool:
 
     def hand_over(self) -> None:
         """Give what is ready to the workers, and back what none can begin soon."""
+        room = {worker: worker.room() for worker in self.workers}
         while self.ready:
-            worker = self._choose()
-            if worker is None:
-                break
+            worker = min(room, key=lambda one: len(one.held), default=None)
+            if worker is None or (worker.held and self.ready[0].crashes):
+                if not self.may_spawn():
+                    break
+                worker = self.add_worker()
+                room[worker] = 1
+            elif not room[worker]:
+                del room[worker]
+                continue
             worker.give(self.ready.popleft())
+            room[worker] = 0 if worker.alone else room[worker] - 1
         for worker in self.workers:
             worker.flush()
         while self.ready:
             self.add_result(self.ready.popleft(), Outcome("stopped"))
-
-    def _choose(self) -> WorkerHandle | None:
-        """The worker for the next step: an idle one, one with room, a new one."""
-        best = max(
-            self.workers,
-            key=lambda worker: (worker.idle(), worker.room()),
-            default=None,
-        )
-        if best is not None and (
-            best.idle() or (best.room() and not self.ready[0].crashes)
-        ):
-            return best
-        return self.add_worker() if self.may_spawn() else None
 
     def end(
         self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
@@ -4131,7 +4325,7 @@ class Runner:
 
     def _nothing_left(self) -> bool:
         pool = self._pool
-        if pool.results or pool.ready or any(worker.held for worker in pool.workers):
+        if pool.results or pool.ready or pool.busy():
             return False
         if self._max_jobs is not None and self._claimed >= self._max_jobs:
             return True
@@ -4187,13 +4381,9 @@ class Runner:
     def _pause_seconds(self) -> float:
         now, pool = time.monotonic(), self._pool
         moments = [now + POLL_SECONDS, *pool.moments()]
-        if pool.results:
-            if len(pool.results) >= GROUP_SIZE or any(
-                worker.ready and worker.idle() for worker in pool.workers
-            ):
-                return 0.0
-            moments.append(pool.first_result_at + GROUP_SECONDS)
-        if self._room():
+        if pool.results:  # with whose commit more is claimed
+            moments.append(pool.ripe_at())
+        elif self._room():
             due = self._store.next_due(self._queues, self._pid)
             if due is not None:
                 moments.append(max(now + due - self._store.now(), pool.spawn_after))
@@ -4221,7 +4411,11 @@ class Runner:
         """
         pool, store = self._pool, self._store
         room = self._room() if claim else 0
-        if not pool.results and not pool.progress and not (room and self._is_due()):
+        if pool.results:
+            ripe = pool.ripe_at() <= time.monotonic()
+        else:
+            ripe = bool(room) and self._is_due()
+        if not ripe and not pool.progress:
             return True
         claimed = []
         try:
@@ -4229,11 +4423,10 @@ class Runner:
             with store.transaction(wait=0, durable=bool(pool.results)) as db:
                 for held, report in pool.progress.values():
                     store.record_progress(db, held, report)
-                settled = [
-                    (held, outcome, *store.record(db, held, outcome))
-                    for held, outcome in pool.results
+                settled = store.record(db, pool.results)
+                going_on = [
+                    entry.following for entry in settled if entry.following is not None
                 ]
-                going_on = [entry[3] for entry in settled if entry[3] is not None]
                 room -= len(going_on)
                 if room > 0:
                     claimed = store.claim_due(
@@ -4247,12 +4440,13 @@ class Runner:
         pool.ready.extendleft(reversed(going_on))
         pool.ready.extend(claimed)
         self._claimed += len(claimed)
-        for held, outcome, event, _ in settled:
-            self._note(held, outcome, event)
+        for entry in settled:
+            self._note(entry)
         return True
 
-    def _note(self, held: Held, outcome: Outcome, event: str) -> None:
+    def _note(self, settled: Settled) -> None:
         """Count and log what has been committed."""
+        held, outcome, event, _ = settled
         if event == "give_back":
             self._claimed -= 1
         elif event not in ("step", "lost"):
@@ -4282,7 +4476,7 @@ class Runner:
             self._keep_account()
             if now < self._upkeep_after and not self._called:
                 return
-            if any(worker.held for worker in self._pool.workers):
+            if self._pool.busy():
                 self._pool.cancel(self._store.cancels_wanted(self._number))
             self._called = False
             if now < self._upkeep_after:

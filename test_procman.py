@@ -456,7 +456,7 @@ def test_the_store_moves_a_process_only_along_the_table(manager):
                     (f"{event}-{state}", state, pid),
                 ).lastrowid
                 before = db.execute("SELECT count(*) FROM event").fetchone()[0]
-                moved = store.transition(db, event, number, {})
+                moved = store.transition(db, event, procman.Move(number))
                 after = db.execute("SELECT count(*) FROM event").fetchone()[0]
                 sql = "SELECT status FROM process WHERE id = ?"
                 assert moved == (state in sources), (event, state)
@@ -1708,13 +1708,50 @@ def test_who_has_lost_its_claim_writes_nothing_any_more(manager):
             ending, '{"x":2}', {"type": "E"}, procman.Printed(b"printed")
         )
         with store.transaction() as db:
-            assert store.record(db, lost, outcome) == ("lost", None)
+            [entry] = store.record(db, [(lost, outcome)])
+            assert (entry.event, entry.following) == ("lost", None)
             store.record_progress(db, lost, {"done": 1, "total": 2, "message": None})
         assert manager.get_process_info(pid) == before
         assert manager.logs(pid) == ""
     with store.transaction() as db:
-        event, following = store.record(db, held, procman.Outcome("done", '{"x":3}'))
+        outcome = procman.Outcome("done", '{"x":3}')
+        [(_, _, event, following)] = store.record(db, [(held, outcome)])
     assert (event, following.data, following.step_index) == ("step", '{"x":3}', 1)
+
+
+def test_of_results_that_are_recorded_together_each_gets_what_is_its_own(manager):
+    pids = manager.start_many([steps("m:f")] * 4 + [steps("m:f", "m:f")] * 2)
+    store = manager.store
+    first, second = (store.add_runner(name, "", ["default"], None) for name in "ab")
+    with store.transaction() as db:
+        held = store.claim_due(db, first, ["default"], 6)
+    manager.cancel(pids[1])  # in the middle of those that finish
+    row = store.find(pids[2])
+    with store.transaction() as db:  # somebody else has it now
+        move = procman.Move(row["id"], {"runner": None}, row["claim"])
+        assert store.transition(db, "give_back", move)
+        assert [taken.pid for taken in store.claim_due(db, second, ["default"], 9)] == [
+            pids[2]
+        ]
+    results = [
+        (one, procman.Outcome("done", f'{{"n":{number}}}', printed=printed))
+        for number, (one, printed) in enumerate(
+            zip(held, [None, procman.Printed(b"b"), procman.Printed(b"c")] + [None] * 3)
+        )
+    ]
+    with store.transaction() as db:
+        settled = {entry.held.pid: entry for entry in store.record(db, results)}
+    events = [settled[pid].event for pid in pids]
+    assert events == ["finish", "cancel", "lost", "finish", "step", "step"]
+    assert [settled[pid].following.data for pid in pids[4:]] == ['{"n":4}', '{"n":5}']
+    infos = [manager.get_process_info(pid) for pid in pids]
+    states = [info.status for info in infos]
+    assert states == ["finished", "cancelled", "running", "finished"] + ["running"] * 2
+    outputs = [info.output for info in infos]
+    assert outputs == [{"n": 0}, None, None, {"n": 3}, None, None]
+    assert [manager.logs(pid) for pid in pids] == ["", "b", "", "", "", ""]
+    kinds = [row[0] for row in store.read("SELECT kind FROM event ORDER BY number")]
+    assert kinds[-5:] == ["finish", "cancel", "finish", "step", "step"]
 
 
 @pytest.mark.parametrize("ending", ["done", "interrupt", "error", "timeout", "stopped"])
@@ -1730,7 +1767,8 @@ def test_an_acknowledged_cancel_wins_however_the_running_step_ends(manager, endi
         outcome = procman.Outcome(
             ending, '{"x":2}', {"type": "E"}, procman.Printed(b"printed")
         )
-        assert store.record(db, held, outcome) == ("cancel", None)
+        [entry] = store.record(db, [(held, outcome)])
+        assert (entry.event, entry.following) == ("cancel", None)
     info = manager.get_process_info(pid)
     assert (info.status, info.output, info.exit_code) == ("cancelled", None, 1)
     assert info.finished_at == store.now() and manager.logs(pid) == "printed"
