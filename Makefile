@@ -5,6 +5,7 @@ PYTHON ?= python3
 HOME   ?= $(shell $(PYTHON) -c 'import os; print(os.path.expanduser("~"))')
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/procman
 PYTEST := pytest==8.4.2
+PEERS  := huey==3.5.4 litequeue==0.9 persist-queue==1.1.0 dbos==3.4.0
 LINTER := ruff==0.15.22 mypy==1.19.1
 
 export CACHE
@@ -35,8 +36,11 @@ test-windows: ## runs the tests on a Windows CPython under Wine (Linux; root, to
 	@flock --close "$(CACHE)/windows.lock" .ci/windows "$(PYTHON)" $(PYTEST) $(ARGS)
 
 .PHONY: bench
-bench: ## runs the benchmarks; ARGS goes to pytest
-	@$(run_pytest) -s -o python_functions='bench_*' $(ARGS)
+bench: ## prints procman's speed beside its peers'; ROUNDS=5, LONG=1, ARGS="idle latency"
+	@python=$$(.ci/venv "$(PYTHON)" $(PYTEST)) && TSP=$$(.ci/tsp) && \
+	    PEERS=$$(.ci/venv "$(PYTHON)" $(PYTEST) $(PEERS)) && export PEERS TSP && \
+	    PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CACHE)/pycache" \
+	    "$$python" test_procman.py $(ARGS)
 
 .PHONY: lint
 lint: ## checks style, and types for Linux, macOS and Windows

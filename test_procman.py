@@ -2,21 +2,25 @@
 
 The groups carry the numbers of the rooms of procman.py, so that a failing group
 names the room; 11 kills things, 12 are the rules of the house, 13 are benchmarks.
-Sleeps stand only in `eventually` and in the steps.
+Sleeps stand only in `eventually`, in the steps and in the benchmarks.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
+import random
 import re
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -5209,176 +5213,744 @@ def test_the_tables_of_the_readme_name_what_exists_and_every_command():
 # 13. Benchmarks: `make bench`
 # ===========================================================================
 #
-# Each prints what it measures beside a floor that is measured in the same run, for
-# machines differ.  They assert only that the work was done.
+# procman and its peers do the same work in one run.  A cell is one bench_* function for
+# one system, in a process and a directory of its own; a round is every cell once, in a
+# new order.  Ratios are taken within a round, for machines drift.  Equal rules: a start
+# returns when it is committed, a result counts when another process can read it, two
+# workers.  Asserted is only that the work was done.
 
+BENCH_LONG = bool(os.environ.get("LONG"))
+BENCH_WORK = """
+def step(data):
+    return {**data, "n": data["n"] + 1}
 
-def report(what, value, unit, floor="", ratio=None):
-    """One line of the table."""
-    print(f"\n{what:58} {value:10,.2f} {unit:8} {floor:34}", end="")
-    print("" if ratio is None else f" {ratio:6.2f} x", end="")
+def true(data):
+    import subprocess
+    child = subprocess.run(["true"], capture_output=True, text=True)
+    return {"stdout": child.stdout, "exit_code": child.returncode}
 
+def unique(data):
+    import os, procman
+    ledger = os.open("ledger", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(ledger, procman.current().pid.encode() + b"\\n")
+    os.close(ledger)
+"""
+BENCH_DATA = {"one": {"n": 0}, "five": {"n": 0, "text": "x" * 1000}, "true": {"n": 0}}
 
-def milliseconds(action, times):
-    """The durations of so many calls, sorted."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        action()
-        found.append((time.perf_counter() - began) * 1000)
-    return sorted(found)
+# Each system as the module `peer`, which its workers import or run too.  `put(kind)`
+# starts one process: a no-op, five of them in a row, or a command.
+BENCH_SYSTEMS = {
+    "procman": """
+import sys
+from procman import ManagedProcess, ProcessManager, __file__ as script, __version__
+ABOUT = __version__
+SIZE = {"ones": 3000, "thousands": 7, "fives": 600, "trues": 500, "beside": 40_000,
+        "samples": 150}
+RUNNER = [sys.executable, script, "runner", "--wait", "--max-workers"]
+WORKERS = [[*RUNNER, "2", "--db", "procman.db"]]
+KINDS = {
+    "one": ManagedProcess({"step": "work:step"}),
+    "five": ManagedProcess({f"step{number}": "work:step" for number in range(5)}),
+    "true": ManagedProcess({"true": {"command": ["true"]}}),
+}
+manager, started = ProcessManager("procman.db"), 0
+def ask(sql): return manager.store.read(sql)[0][0]
+def put(kind):
+    global started
+    started += 1
+    return manager.start_process(KINDS[kind], DATA[kind])
+def put_many(count):
+    global started
+    started += count
+    return manager.start_many((KINDS["one"], DATA["one"]) for _ in range(count))
+def wait(pid): assert manager.wait(pid, 60).status == "finished"
+def left():  # both have an index, so that looking costs the runner little
+    return sum(manager.count(status=word) for word in ("queued", "running"))
+def done(kind): return started - left()
+def end(): assert not manager.count(status="error")
+""",
+    "huey": """
+import sys
+from huey import SqliteHuey
+import work
+ABOUT = "2 worker processes"
+SIZE = {"ones": 3000, "fives": 200, "trues": 300, "beside": 5000, "samples": 60}
+CONSUMER = [sys.executable, "-m", "huey.bin.huey_consumer", "peer.huey", "-n", "-q"]
+WORKERS = [[*CONSUMER, "-w", "2", "-k", "process"]]
+huey = SqliteHuey("bench", filename="huey.db", timeout=30)
+one, true = huey.task()(work.step), huey.task()(work.true)
+link = huey.task(name="link")(lambda data: (work.step(data),))
+def ask(sql): return huey.storage.sql(sql, results=True)[0][0]
+def put(kind):
+    if kind != "five":
+        return {"one": one, "true": true}[kind](DATA[kind])
+    chain = link.s(DATA[kind]).then(link).then(link).then(link).then(one)
+    return huey.enqueue(chain)
+def wait(result): until(lambda: huey.get(result.id, peek=True), 0.0002)
+def done(kind): return huey.storage.result_store_size() // (5 if kind == "five" else 1)
+""",
+    "litequeue": """
+import json, sys, time
+from litequeue import LiteQueue
+import work
+ABOUT = "2 processes that pop, put the result in a second queue, and call done"
+SIZE = {"ones": 3000, "thousands": 2}
+WORKERS = [[sys.executable, "peer.py"]] * 2
+queue, results = [LiteQueue(name, timeout=30) for name in ("queue.db", "results.db")]
+def ask(sql): return queue.conn.execute(sql).fetchone()[0]
+def put(kind): queue.put(json.dumps(DATA[kind]))
+def put_many(count):
+    with queue.transaction(mode="IMMEDIATE"):
+        for _ in range(count):
+            put("one")
+def done(kind): return results.conn.execute("SELECT count(*) FROM Queue").fetchone()[0]
+def serve():
+    while True:
+        message = queue.pop()
+        if message:
+            results.put(json.dumps(work.step(json.loads(message.data))))
+            queue.done(message.message_id)
+        else:
+            time.sleep(0.005)
+""",
+    "persist-queue": """
+import sqlite3, sys, threading, time
+from persistqueue import SQLiteAckQueue
+from persistqueue.exceptions import Empty
+import work
+ABOUT = "2 threads (its claims are for one process), results in a second queue, ack"
+SIZE = {"ones": 3000}
+WORKERS = [[sys.executable, "peer.py"]]
+options = {"multithreading": True, "timeout": 30}
+queue, results = [SQLiteAckQueue(name, **options) for name in ("queue", "results")]
+reader = sqlite3.connect("results/data.db", isolation_level=None)
+def ask(sql): return queue._putter.execute(sql).fetchone()[0]
+def put(kind): queue.put(DATA[kind])
+def done(kind):
+    return reader.execute("SELECT count(*) FROM ack_queue_default").fetchone()[0]
+def loop():
+    while True:
+        try:
+            message = queue.get(block=False, raw=True)
+            results.put(work.step(message["data"]))
+            queue.ack(id=message["pqid"])
+        except Empty:
+            time.sleep(0.005)
+def serve():
+    for _ in range(2):
+        threading.Thread(target=loop).start()
+""",
+    "DBOS": """
+import logging, subprocess, sys, threading
+from dbos import DBOS, DBOSClient
+import work
+ABOUT = "1 process, 2 executor threads, polls each second"
+SIZE = {"ones": 600, "fives": 60, "samples": 4}
+WORKERS = [[sys.executable, "peer.py"]]
+URL = "sqlite:///dbos.db"
+logging.disable(logging.WARNING)
+if __name__ != "__main__":
+    subprocess.run([*WORKERS[0], "makes the schema"], check=True)
+    client = DBOSClient(system_database_url=URL)
+def ask(sql):
+    with client._sys_db.engine.connect() as db:
+        return db.exec_driver_sql(sql).fetchone()[0]
+def put(kind):
+    names = {"workflow_name": kind, "queue_name": "queue", "app_version": "1"}
+    return client.enqueue(names, DATA[kind])
+def wait(handle): assert handle.get_result(polling_interval_sec=0.001)["n"] == 1
+def done(kind):
+    return ask("SELECT count(*) FROM workflow_status WHERE status = 'SUCCESS'")
+def serve():
+    DBOS(config={"name": "bench", "system_database_url": URL, "log_level": "ERROR",
+                 "max_executor_threads": 2, "application_version": "1"})
+    step = DBOS.step()(work.step)
+    @DBOS.workflow(name="five")
+    def five(data):
+        for _ in range(5):
+            data = step(data)
+        return data
+    DBOS.workflow(name="one")(work.step)
+    DBOS.launch()
+    DBOS.register_queue("queue")
+    threading.Event().wait(0 if sys.argv[1:] else None)
+""",
+    "loop": """
+import contextlib, fcntl, json, os, socket, sqlite3, sys, time
+import work
+ABOUT = "SQLite by hand: 2 processes, a file lock between them, a datagram as bell"
+SIZE = {"ones": 3000, "thousands": 7, "fives": 300, "samples": 150}
+GROUP = 1
+WORKERS = [[sys.executable, "-S", "peer.py", name] for name in ("bell0", "bell1")]
+lock = os.open("lock", os.O_RDWR | os.O_CREAT)
+bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+db = sqlite3.connect("loop.db", timeout=30, isolation_level=None)
+db.execute("PRAGMA journal_mode = WAL")
+db.execute("CREATE TABLE IF NOT EXISTS item"
+           " (id INTEGER PRIMARY KEY, steps_left INT, state INT DEFAULT 0, data TEXT)")
+db.execute("CREATE INDEX IF NOT EXISTS item_open ON item (id) WHERE state = 0")
+def ask(sql): return db.execute(sql).fetchone()[0]
+@contextlib.contextmanager
+def transaction(durable=True):
+    db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    db.execute("BEGIN IMMEDIATE")
+    yield
+    db.execute("COMMIT")
+    fcntl.flock(lock, fcntl.LOCK_UN)
+def put_many(count, kind="one"):
+    row = (5 if kind == "five" else 1, json.dumps(DATA[kind]))
+    with transaction():
+        sql = "INSERT INTO item (steps_left, data) VALUES (?, ?)"
+        db.executemany(sql, [row] * count)
+        number = ask("SELECT last_insert_rowid()")
+    with contextlib.suppress(OSError):  # not up yet, or has enough to do
+        bell.sendto(b"x", socket.MSG_DONTWAIT, f"bell{number % 2}")
+    return number
+def put(kind): return put_many(1, kind)
+def wait(number):
+    until(lambda: ask(f"SELECT state FROM item WHERE id = {number}") == 2, 0.0002)
+def done(kind): return ask("SELECT count(*) FROM item WHERE state = 2")
+def serve():
+    bell.bind(sys.argv[1])
+    ended = []
+    while True:
+        with transaction(ended):  # a claim alone need not reach the disk
+            sql = "UPDATE item SET steps_left = ?, state = ?, data = ? WHERE id = ?"
+            db.executemany(sql, ended)
+            sql = "SELECT id, steps_left, data FROM item WHERE state = 0 LIMIT ?"
+            taken = db.execute(sql, (GROUP,)).fetchall()
+            sql = "UPDATE item SET state = 1 WHERE id = ?"
+            db.executemany(sql, [row[:1] for row in taken])
+        ended = [(left - 1, 0 if left > 1 else 2,
+                  json.dumps(work.step(json.loads(data))), number)
+                 for number, left, data in taken]
+        ended or bell.recv(1)
+""",
+    "raw INSERT": """
+import sqlite3
+ABOUT = "INSERT and COMMIT alone"
+SIZE = {"ones": 3000, "thousands": 7}
+db = sqlite3.connect("raw.db", isolation_level=None)
+db.execute("PRAGMA journal_mode = WAL")
+db.execute("PRAGMA synchronous = FULL")
+db.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, data TEXT)")
+def ask(sql): return db.execute(sql).fetchone()[0]
+def put(kind): put_many(1)
+def put_many(count):
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany("INSERT INTO item (data) VALUES (?)", [('{"n": 0}',)] * count)
+    db.execute("COMMIT")
+""",
+    "task-spooler": """
+import os, subprocess, sys
+TSP = os.environ["TSP"] or sys.exit("there is neither a tsp nor an apt-get to fetch it")
+SIZE, WORKERS = {"trues": 500}, []
+os.environ.update(TS_SOCKET=os.path.abspath("socket"), TMPDIR=os.getcwd(), TS_SLOTS="2",
+                  TS_MAXFINISHED="1000")
+def tsp(*words):
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.check_output([TSP, *words], **quiet)
+ABOUT = tsp("-V").split(" - ")[0] + "; 2 slots, queue in memory, output in files"
+def put(kind): tsp("true")
+def done(kind): return tsp("-l").count(" finished ")
+def end(): tsp("-K")
+""",
+    "xargs": """
+import os
+ABOUT, SIZE = "seq 500 | xargs -P2 -n1 true", {"trues": 500}
+def run(count): assert os.system(f"seq {count} | xargs -P2 -n1 true") == 0
+""",
+    "posix_spawn": """
+import os, shutil
+ABOUT, SIZE = "and waitpid, a loop in each of 2 processes", {"trues": 500}
+def run(count):
+    child, true = os.fork(), shutil.which("true")
+    for _ in range(count // 2):
+        assert os.waitpid(os.posix_spawn(true, ["true"], os.environ), 0)[1] == 0
+    assert os.waitpid(child, 0)[1] == 0 if child else os._exit(0)
+""",
+}
+for name, base, change in (
+    ("huey, fsync=True", "huey", ("timeout=30", "timeout=30, fsync=True")),
+    ("loop of 64", "loop", ("GROUP = 1", 'GROUP = 64; SIZE["thousands"] = 50')),
+):
+    BENCH_SYSTEMS[name] = BENCH_SYSTEMS[base].replace(*change)
 
 
 def median(values):
-    return values[len(values) // 2]
+    return sorted(values)[len(values) // 2]
 
 
-@pytest.fixture
-def floor(home):
-    """A bare table on the same disk, and a function that commits one row."""
-    with contextlib.closing(sqlite3.connect(home / "floor.db")) as db:
-        db.isolation_level = None
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("CREATE TABLE row (id INTEGER PRIMARY KEY, data TEXT)")
-
-        def commit(rows=1):
-            db.execute("BEGIN IMMEDIATE")
-            for _ in range(rows):
-                db.execute("INSERT INTO row (data) VALUES (?)", ('{"n": 1}',))
-            db.execute("COMMIT")
-
-        yield commit
+def seconds_of(action, *given):
+    began = time.perf_counter()
+    action(*given)
+    return time.perf_counter() - began
 
 
-def bench_drain(home, floor):
-    count = 10_000
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        process = steps("steps:add_one")
-        began = time.perf_counter()
-        manager.start_many((process, {"n": number}) for number in range(count))
-        report("start_many", count / (time.perf_counter() - began), "1/s")
-        began = time.perf_counter()
-        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
-        per_second = count / (time.perf_counter() - began)
-        bare = 64000 / median(milliseconds(lambda: floor(64), 100))
-        report(
-            "drain of 10,000 no-op processes, 2 workers, with start-up",
-            *(per_second, "1/s", f"bare rows in groups of 64: {bare:,.0f}/s"),
-            per_second / bare,
+def milliseconds(action, times, pause=lambda: None):
+    """The durations of so many calls, sorted."""
+    found = []
+    for _ in range(times):
+        pause()
+        found.append(1000 * seconds_of(action))
+    return sorted(found)
+
+
+def until(check, pause=0.01, seconds=1200 if BENCH_LONG else 120):
+    """Look every `pause` seconds until `check()` is true; return when that was."""
+    deadline = time.perf_counter() + seconds
+    while not check():
+        assert time.perf_counter() < deadline, f"not within {seconds} s"
+        time.sleep(pause)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def children(commands):
+    """These commands as children, for the time of the block."""
+    with open("errors", "ab") as errors:
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors}
+        found = [subprocess.Popen(words, **quiet) for words in commands]
+        try:
+            yield found
+        finally:
+            for child in found:
+                child.terminate()
+            for child in found:
+                child.wait(30)
+
+
+def fill(peer, count):
+    while count >= 1000 and hasattr(peer, "put_many"):
+        peer.put_many(1000)
+        count -= 1000
+    for _ in range(count):
+        peer.put("one")
+
+
+def drained(peer, total, kind="one"):
+    """Seconds until all are done: since the workers' start, since the first result."""
+    began, seen = time.perf_counter(), []
+
+    def look():
+        seen.append((time.perf_counter(), peer.done(kind)))
+        return seen[-1][1] >= total
+
+    with children(peer.WORKERS):
+        ended = until(look)
+    first, had = next(entry for entry in seen if entry[1] > 0)
+    return ended - began, (ended - first) * total / max(total - had, 1)
+
+
+def bench_throughput(peer):
+    """Start one by one and in thousands; then drain all of that."""
+    ones, thousands = peer.SIZE["ones"], peer.SIZE.get("thousands", 0)
+    total = ones + 1000 * thousands
+    took = seconds_of(lambda: [peer.put("one") for _ in range(ones)])
+    found = {"start of one, 1/s": ones / took}
+    if thousands:
+        took = seconds_of(lambda: fill(peer, 1000 * thousands))
+        found["start of 1,000 at once, 1/s"] = 1000 * thousands / took
+    if hasattr(peer, "WORKERS"):
+        since_start, since_first = drained(peer, total)
+        found["drain of no-ops, from the workers' start, 1/s"] = total / since_start
+        found["drain of no-ops, from the first result, 1/s"] = total / since_first
+        assert peer.done("one") == total
+    return found
+
+
+def bench_pipelines(peer):
+    total = peer.SIZE["fives"]
+    for _ in range(total):
+        peer.put("five")
+    took, _ = drained(peer, total, "five")
+    return {"5 steps, each kept before the next begins, 1/s": total / took}
+
+
+def bench_beside(peer):
+    fill(peer, peer.SIZE["beside"])
+    with children(peer.WORKERS):
+        until(lambda: peer.done("one"))
+        found = milliseconds(lambda: peer.put("one"), 300)
+        assert peer.done("one") < peer.SIZE["beside"], "the runner was done too soon"
+    return {"start beside a runner at full speed, 99th percentile, ms": found[297]}
+
+
+def warm(peer):
+    for _ in range(3):
+        peer.wait(peer.put("one"))
+
+
+def bench_latency(peer):
+    samples, chance = peer.SIZE["samples"], random.Random(1)
+    with children(peer.WORKERS):
+        warm(peer)
+        found = milliseconds(
+            lambda: peer.wait(peer.put("one")),
+            samples,
+            lambda: time.sleep(chance.uniform(0.01, 0.03)),
         )
-        assert manager.count(status="finished") == count
-
-
-def bench_pipelines(home):
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        process = steps(*["steps:add_one"] * 5)
-        manager.start_many((process, {"text": "x" * 1000}) for _ in range(1000))
-        began = time.perf_counter()
-        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
-        report("pipelines of 5 steps", 1000 / (time.perf_counter() - began), "1/s")
-        assert manager.list_processes(limit=1)[0].output["n"] == 5
-
-
-def bench_start_to_result(home, floor):
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        process = steps("steps:add_one")
-        with running(manager, "--max-workers", "2"):
-
-            def once():
-                manager.wait(manager.start_process(process), 10)
-
-            milliseconds(once, 20)
-            found = milliseconds(lambda: (time.sleep(0.03), once()), 200)
-            found = [value - 30 for value in found]
-            bare = (
-                2 * median(milliseconds(lambda: (time.sleep(0.03), floor()), 50)) - 60
-            )
-            words = f"two bare commits: {bare:.2f} ms"
-            report("start to result, idle runner, median", median(found), "ms", words)
-            report("... 99th percentile", found[197], "ms")
-            assert manager.count(status="finished") == 220
-
-
-def bench_start(home, floor):
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        process = steps("steps:add_one")
-        bare = 1000 / median(milliseconds(floor, 500))
-        alone = 1000 / median(milliseconds(lambda: manager.start_process(process), 500))
-        words = f"bare INSERT and COMMIT: {bare:,.0f}/s"
-        report("start of one, no runner", alone, "1/s", words, alone / bare)
-
-
-def bench_fairness(home):
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        process = steps("steps:add_one")
-        manager.start_many((process, {"n": 1}) for _ in range(30_000))
-        with running(manager, "--max-workers", "2"):
-            found = milliseconds(lambda: manager.start_process(process), 500)
-            assert manager.count(status="queued") > 0, "the runner was done too soon"
-            report("start beside a runner at full speed, median", median(found), "ms")
-            report("... 99th percentile", found[495], "ms")
-
-
-def bench_commands(home):
-    count = 500
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        manager.start_many([steps({"command": ["true"]})] * count)
-        began = time.perf_counter()
-        assert cli("runner", "--max-workers", "2", "--db", manager.path).code == 0
-        per_second = count / (time.perf_counter() - began)
-        shell = f"seq {count} | xargs -P2 -n1 true"
-        bare = count * 1000 / median(milliseconds(lambda: os.system(shell), 3))
-        words = f"xargs -P2: {bare:,.0f}/s"
-        report("commands, 2 at once", per_second, "1/s", words, per_second / bare)
-        assert manager.count(status="finished") == count
-
-
-def bench_shell(home):
-    with contextlib.closing(ProcessManager(home / "procman.db")) as manager:
-        pid = manager.start_process(steps("steps:add_one"))
-    python, words = sys.executable, ["status", pid, "--db", str(home / "procman.db")]
-    kinds = {
-        "imports": [python, "-c", "import sqlite3, json, argparse"],
-        "status": [python, str(PROCMAN), *words],
-        "status with python -m": [python, "-m", "procman", *words],
+    return {
+        "start to result, idle runner, median, ms": median(found),
+        "start to result, 99th percentile, ms": found[int(0.99 * samples)],
     }
-    found = {kind: [] for kind in kinds}
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": str(HERE)}
-    for _ in range(20):
-        for kind, command in kinds.items():
+
+
+def bench_commands(peer):
+    total = peer.SIZE["trues"]
+    if hasattr(peer, "run"):
+        took = seconds_of(lambda: peer.run(total))
+    else:
+        with children(peer.WORKERS):
+            peer.put("true")
+            until(lambda: peer.done("true"))
             began = time.perf_counter()
-            quiet = {"stdout": subprocess.DEVNULL, "env": environment}
-            subprocess.run(command, check=True, **quiet)
-            found[kind].append((time.perf_counter() - began) * 1000)
-    bare = median(sorted(found.pop("imports")))
-    for kind, values in found.items():
-        value = median(sorted(values))
-        report(
-            f"{kind} from the shell",
-            value,
-            "ms",
-            f"imports: {bare:.1f} ms",
-            value / bare,
-        )
+            for _ in range(total):
+                peer.put("true")
+            took = until(lambda: peer.done("true") > total) - began
+    return {"the command `true`, 2 at once, 1/s": total / took}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-def bench_idle(home, manager):
-    with running(manager, "--max-workers", "1") as child:
-        manager.wait(manager.start_process(steps("steps:add_one")), 10)
-        below = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text()
-        family = [child.pid, *map(int, below.split())]
+def bench_idle(peer):
+    """What waiting workers cost, with all processes below them."""
+    assert Path("/proc/self/smaps_rollup").exists(), "needs /proc as Linux has it"
+    with children(peer.WORKERS) as found:
+        warm(peer)
+        family = [child.pid for child in found]
+        for parent in family:
+            for path in Path(f"/proc/{parent}/task").glob("*/children"):
+                family += map(int, path.read_text().split())
 
         def used():
-            stats = [Path(f"/proc/{pid}/schedstat").read_text() for pid in family]
-            return sum(int(text.split()[0]) for text in stats) / 1e9
+            threads = [Path(f"/proc/{pid}/task").glob("*/schedstat") for pid in family]
+            texts = [path.read_text() for paths in threads for path in paths]
+            return sum(int(text.split()[0]) for text in texts) / 1e9
 
-        time.sleep(2)
+        time.sleep(1)
         before = used()
         time.sleep(10)
-        report("idle runner and worker", (used() - before) * 10, "% core")
+        percent = (used() - before) * 10
         maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family]
-        sizes = [int(re.search(r"Pss: *(\d+)", text)[1]) for text in maps]
-        report("... proportional set size", sum(sizes) / 1024, "MiB")
-        assert len(family) == 2
+    sizes = [int(re.search(r"Pss:\s*(\d+)", text)[1]) for text in maps]
+    return {
+        "idle runner and workers, % of a core": percent,
+        "idle runner and workers, proportional set size, MiB": sum(sizes) / 1024,
+    }
+
+
+# --- what must not depend on size: procman beside itself -------------------
+
+
+def multiply(path, total):
+    """Make `total` of the one process in this database, whatever its state."""
+    fresh = {"pid": "lower(hex(randomblob(16)))", "number": "NULL"}
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA synchronous = OFF")
+        db.execute("BEGIN")
+        db.execute(
+            "CREATE TEMP TABLE other AS WITH RECURSIVE n (i) AS (SELECT 2 UNION ALL"
+            f" SELECT i + 1 FROM n WHERE i < {total}) SELECT i FROM n"
+        )
+        for table, key in ("process", "id"), ("data", "process"), ("event", "process"):
+            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+            values = ", ".join({**fresh, key: "i"}.get(name, name) for name in columns)
+            db.execute(f"INSERT INTO {table} SELECT {values} FROM {table}, other")
+        db.execute("COMMIT")
+
+
+def claims(kind=None, **options):
+    """Claims a second, beside a million of this kind, made once a run."""
+    path = Path("..", kind) if kind else Path("empty.db")
+    if kind and not path.exists():
+        with contextlib.closing(ProcessManager(path)) as manager:
+            manager.start_process(steps("work:step", **options), {"n": 0})
+            assert kind != "finished" or drain(manager) == 1
+        multiply(path, 1_000_000)
+    with contextlib.closing(ProcessManager(path)) as manager:
+        process, store = steps("work:step"), manager.store
+        manager.start_many((process, {"n": 0}) for _ in range(64 * 51))
+        number = store.add_runner("none", "none", ["default"], None)
+
+        def claim():  # as a runner does that has nothing to record
+            with store.transaction(durable=False) as db:
+                assert len(store.claim_due(db, number, ["default"], 64)) == 64
+
+        claim()
+        return 64 * 50 / seconds_of(lambda: [claim() for _ in range(50)])
+
+
+def bench_claims(peer):
+    kinds = {"queued": {}, "due later": {"delay": "30d"}, "finished": {}}
+    empty = claims()
+    return {
+        f"claims beside 1,000,000 {kind}, 1/s": {
+            "procman": claims(kind, **options),
+            "in an empty table": empty,
+        }
+        for kind, options in kinds.items()
+    }
+
+
+def from_shell(*words):
+    """What Python prints for a user, beside a copy of procman.py."""
+    clean = {name: os.environ[name] for name in os.environ if name[:6] != "PYTHON"}
+    quiet = {"stdin": subprocess.DEVNULL, "env": clean}
+    return subprocess.check_output([sys.executable, *words], **quiet).decode().strip()
+
+
+def bench_shell(peer):
+    Path("procman.py").write_bytes(PROCMAN.read_bytes())
+    imports = 'python -c "import sqlite3, json, argparse"'
+    pid, found = peer.put("one"), {}
+    for kind, way in ("", ["procman.py"]), (" with python -m", ["-m", "procman"]):
+        looks = [*way, "status", pid], ["-c", "import sqlite3, json, argparse"]
+
+        def pair(way=way):
+            given = from_shell(*way, "start", "--step", "step=work:step")
+            from_shell(*way, "status", given)
+
+        pair()  # leaves the bytecode, where there is a place for it
+        times = [[seconds_of(from_shell, *look) for look in looks] for _ in range(20)]
+        mine, bare = [1000 * median(column) for column in zip(*times)]
+        found[f"`status` from the shell{kind}, ms"] = {"procman": mine, imports: bare}
+        pairs = milliseconds(pair, 200 if BENCH_LONG else 20)
+        found[f"`start` and `status` in a loop{kind}, ms"] = sum(pairs) / len(pairs)
+    return found
+
+
+def filled_and_drained(peer, total):
+    """Its rate, and in MiB the runner's peak memory and the log that is left."""
+    fill(peer, total)
+    began = time.perf_counter()
+    with children(peer.WORKERS) as [runner]:
+        rate = total / (until(lambda: not peer.left()) - began)
+        status = Path(f"/proc/{runner.pid}/status").read_text()
+        peak = int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+        return rate, peak / 1024, os.path.getsize("procman.db-wal") / 2**20
+
+
+def bench_sizes(peer):
+    found, small = {}, filled_and_drained(peer, 1000)
+    for total in [100_000] + [1_000_000] * BENCH_LONG:
+        large = filled_and_drained(peer, total)
+        words = ("rate, 1/s", "peak memory of the runner, MiB", "log left, MiB")
+        for what, value, least in zip(words, large, small):
+            found[f"drain of {total:,}: {what}"] = {"procman": value, "1,000": least}
+    return found
+
+
+def bench_extremes(peer):
+    """An idle runner meets a crowd, a long process and a large one."""
+    manager, found = peer.manager, {}
+    with children(peer.WORKERS):
+        warm(peer)
+        moment = time.time() + 2
+        crowd = steps("work:step", at=moment)
+        manager.start_many((crowd, {"n": 0}) for _ in range(10_000))
+        until(lambda: not peer.left())
+        found["10,000 due in the same second, s"] = time.time() - moment
+        many = ManagedProcess({f"step{number}": "work:step" for number in range(1000)})
+        for what, process, data in (
+            ("a process of 1,000 steps, s", many, {"n": 0}),
+            ("10 MB through a step, s", steps("work:step"), {"n": 0, "x": "x" * 10**7}),
+        ):
+            began = time.perf_counter()
+            manager.wait(manager.start_process(process, data), 60)
+            found[what] = time.perf_counter() - began
+    assert manager.count(status="finished") == 3 + 10_000 + 2
+    return found
+
+
+def bench_waiters(peer):
+    """A drain while 200 threads of another program wait for its last processes."""
+    rates = []
+    for waiters in 0, 200:
+        pids = peer.put_many(10_000)[10_000 - waiters :]
+        threads = [threading.Thread(target=peer.wait, args=(pid,)) for pid in pids]
+        for thread in threads:
+            thread.start()
+        began = time.perf_counter()
+        with children(peer.WORKERS):
+            rates.append(10_000 / (until(lambda: not peer.left()) - began))
+            for thread in threads:
+                thread.join()
+    none, many = rates
+    return {"drain beside 200 waiters, 1/s": {"procman": many, "no waiter": none}}
+
+
+BENCH_STARTER = """
+from procman import ManagedProcess, ProcessManager
+manager, process = ProcessManager("procman.db"), ManagedProcess({"step": "work:unique"})
+for _ in range(200):
+    manager.start_process(process)
+"""
+
+
+def bench_crowd(peer):
+    """50 programs that start 200 each, and 8 runners, all at once."""
+    queues = [["1", "--queue", f"default,more{number}"] for number in range(8)]
+    runners = [[*peer.RUNNER, *words, "--db", "procman.db"] for words in queues]
+    starters = [[sys.executable, "-c", BENCH_STARTER]] * 50
+    began = time.perf_counter()
+    with children(runners), children(starters) as programs:
+        assert [program.wait(120) for program in programs] == [0] * 50
+        took = until(lambda: not peer.left()) - began
+    assert peer.manager.count(status="finished") == 10_000
+    ran = Path("ledger").read_text().split()
+    assert len(ran) == len(set(ran)) == 10_000, "not each of them ran once"
+    return {"50 programs start 200 each beside 8 runners, 1/s": 10_000 / took}
+
+
+# --- one run, one table ----------------------------------------------------
+
+BENCH_PACKAGES = ["huey", "huey, fsync=True", "litequeue", "persist-queue", "DBOS"]
+BENCHES = {  # the systems that take part
+    bench_throughput: ["procman", *BENCH_PACKAGES, "loop", "loop of 64", "raw INSERT"],
+    bench_pipelines: ["procman", "huey", "DBOS", "loop", "loop of 64"],
+    bench_beside: ["procman", "huey"],
+    bench_latency: ["procman", "huey", "DBOS", "loop"],
+    bench_commands: ["procman", "huey", "task-spooler", "xargs", "posix_spawn"],
+    bench_idle: ["procman", "huey", "DBOS", "loop"],
+    **dict.fromkeys([bench_claims, bench_shell, bench_sizes], ["procman"]),
+    **dict.fromkeys([bench_extremes, bench_waiters, bench_crowd], ["procman"]),
+}
+
+
+def bench_cell(function, system):
+    """In the process of a cell: measure; print what was found, and of what, as JSON."""
+    serving = '\nif __name__ == "__main__":\n    serve()\n'
+    Path("peer.py").write_text(BENCH_SYSTEMS[system] + serving)
+    Path("work.py").write_text(BENCH_WORK)
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), str(HERE)])
+    sys.path.insert(0, os.getcwd())
+    peer = importlib.import_module("peer")
+    peer.DATA, peer.until = BENCH_DATA, until
+    try:
+        found, about = globals()[function](peer), peer.ABOUT
+    except BaseException:
+        for path in Path().glob("errors"):
+            print(path.read_text(), file=sys.stderr)
+        raise
+    finally:
+        getattr(peer, "end", lambda: None)()
+    if system in BENCH_PACKAGES:
+        about = f"{importlib.metadata.version(system.split(',')[0])}; {about}"
+    if hasattr(peer, "ask"):
+        level = ("OFF", "NORMAL", "FULL", "EXTRA")[peer.ask("PRAGMA synchronous")]
+        about += f"; {peer.ask('PRAGMA journal_mode')}, synchronous={level}"
+    print(json.dumps([found, about]))
+
+
+def cell(function, system, shared):
+    """Start a cell in a directory of its own."""
+    python = os.environ["PEERS"] if system in BENCH_PACKAGES else sys.executable
+    return subprocess.Popen(
+        [python, __file__, "cell", function.__name__, system],
+        cwd=tempfile.mkdtemp(dir=shared),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def result_of(child):
+    """What a cell found and of what; nothing, and why, if it failed."""
+    try:
+        out, err = child.communicate(timeout=1800 if BENCH_LONG else 240)
+    except subprocess.TimeoutExpired:
+        return {}, "not measured: it took too long"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode == 0:
+        return json.loads(out)
+    print(err.decode(), file=sys.stderr)
+    return {}, "not measured: " + (err.decode().strip() or "?").splitlines()[-1]
+
+
+def bench_rounds(chosen, rounds, shared):
+    """Measure: {(function, system): {round: found}}, and a line about each system."""
+    results, about = {}, {}
+    for number in range(rounds):
+        for function in random.sample(chosen, len(chosen)):
+            systems = random.sample(BENCHES[function], len(BENCHES[function]))
+            groups = [[system] for system in systems]
+            if function is bench_idle:  # ten seconds in which nobody does anything
+                groups = [systems]
+            for group in groups:
+                began = time.perf_counter()
+                cells = [cell(function, system, shared) for system in group]
+                for system, child in zip(group, cells):
+                    found, words = result_of(child)
+                    results.setdefault((function, system), {})[number] = found
+                    place = system if found else f"{function.__name__[6:]}, {system}"
+                    about[place] = words
+                print(
+                    f"round {number + 1}: {function.__name__[6:]} {', '.join(group)}"
+                    f" {time.perf_counter() - began:.1f} s",
+                    file=sys.stderr,
+                )
+    return results, about
+
+
+def bench_rows(results):
+    """{what: {system: {round: value}}} in the order of BENCHES."""
+    rows = {}
+    for function, systems in BENCHES.items():
+        for system in systems:
+            for number, found in results.get((function, system), {}).items():
+                for what, value in found.items():
+                    named = value if isinstance(value, dict) else {system: value}
+                    for name, one in named.items():
+                        rows.setdefault(what, {}).setdefault(name, {})[number] = one
+    return rows
+
+
+def rounded(values):
+    return f"{float(f'{median(values):.3g}'):,.10g}"
+
+
+def bench_line(what, systems):
+    """A line of the table: procman's value, the others', and the ratios."""
+    mine, others = systems.pop("procman", {}), []
+    for name, values in systems.items():
+        both = [number for number in mine if values.get(number)]
+        ratios = [mine[number] / values[number] for number in both]
+        ratio = f" ({rounded(ratios)})" if ratios else ""
+        others.append(f"{name} {rounded(values.values())}{ratio}")
+    own = rounded(mine.values()) if mine else ""
+    return f"| {what} | {own} | {' · '.join(others)} |"
+
+
+def bench_main(names):
+    """Measure what is named, or everything; print the table and how it was made."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    began, rounds = time.time(), int(os.environ.get("ROUNDS") or 3)
+    chosen = [one for one in BENCHES if not names or one.__name__[6:] in names]
+    with tempfile.TemporaryDirectory("", "bench-", os.environ["CACHE"]) as shared:
+        results, about = bench_rounds(chosen, rounds, shared)
+    print("| what | procman | beside it (procman's value ÷ its) |\n|---|--:|---|")
+    for what, systems in bench_rows(results).items():
+        print(bench_line(what, systems))
+    print(
+        f"\n{time.strftime('%Y-%m-%d')}: medians of {rounds} rounds in"
+        f" {(time.time() - began) / 60:.0f} minutes, ratios within a round;"
+        f" {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python"
+        f" {platform.python_version()}, SQLite {sqlite3.sqlite_version}. Two workers; a"
+        " start returns when it is committed, a result counts when another process can"
+        " read it. From the shell: Python of a virtual"
+        " environment with pytest alone, beside a fresh copy of procman.py.\n"
+    )
+    for name in dict.fromkeys([*BENCH_SYSTEMS, *about]):
+        if name in about:
+            print(f"- {name}: {about[name]}")
+    return int(any(name.endswith(", procman") for name in about))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["cell"]:
+        bench_cell(*sys.argv[2:])
+    else:
+        sys.exit(bench_main(sys.argv[1:]))
