@@ -3454,6 +3454,28 @@ def test_a_signal_stops_a_runner_gracefully_and_a_second_at_once(manager, more, 
     assert (info.status, info.step, info.attempt, info.crashes) == ("queued", "b", 1, 0)
 
 
+@posix
+def test_a_step_that_takes_the_sigterm_for_itself_delays_the_end_no_longer(
+    manager, home
+):
+    (home / "taker.py").write_text(
+        "import os, signal, time\n"
+        "def until_told(data):\n"
+        "    def take(*_): told.append(True)\n"
+        "    told, before = [], signal.signal(signal.SIGTERM, take)\n"
+        "    open('ready', 'w').close()\n"
+        "    while not told:\n"
+        "        time.sleep(0.01)\n"
+        "    signal.signal(signal.SIGTERM, before)\n"
+    )
+    pid = manager.start_process(steps("taker:until_told"))
+    with running(manager, "--grace", "60") as child:
+        eventually((home / "ready").exists)
+        child.terminate()
+        assert child.wait(20) == 0
+    assert manager.get_process_status(pid) == "finished"
+
+
 def test_one_waiting_runner_serves_a_set_of_queues(manager):
     pid = manager.start_process(steps("steps:nothing", queue="mail"))
     with running(manager) as first:
