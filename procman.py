@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -97,6 +98,7 @@ __all__ = [
 # Words and numbers that every room may use.  Knows no room.
 
 BUSY_SECONDS = 10.0  # a command waits this long for the write lock, then exit 5
+LOCK_SECONDS = 0.003  # ... a runner so long at once: it has workers to look after
 POLL_SECONDS = 1.0  # a runner looks this often, even if no doorbell rings
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 SPAWN_SECONDS = 60.0  # a worker that is not up by then is killed
@@ -881,22 +883,22 @@ def event_after(ending: str, *, last: bool, retry_left: int) -> str:
 
 
 def poll_delay(waited: float) -> float:
-    """Seconds before who has waited so long looks again: an eighth of that.
+    """Seconds before who has waited so long looks again: a sixteenth of that.
 
-    So looking makes no wait much longer, nor costs much: 0.25 ms at first, 50 ms in
+    So looking makes no wait much longer, nor costs much: 0.1 ms at first, 50 ms in
     the end.
     """
-    return min(0.05, max(0.00025, waited / 8))
+    return min(0.05, max(0.0001, waited / 16))
 
 
 def lock_delay(tries: int, chance: float) -> float:
     """Seconds before the next try for a lock; `chance` from 0 to 1.
 
     SQLite's own busy handler sleeps ever longer and starves beside a busy writer: short
-    sleeps of uneven length do not.  They grow to 8 ms, or fifty who wait would take the
-    time of the one who writes.
+    sleeps of uneven length do not.  They grow from 0.2 to 8 ms, or fifty who wait would
+    take the time of the one who writes.
     """
-    return min(0.008, 0.001 * 1.3 ** min(tries, 10)) * (0.5 + chance)
+    return min(0.008, 0.0002 * 1.5 ** min(tries, 12)) * (0.5 + chance)
 
 
 # ===========================================================================
@@ -1090,10 +1092,11 @@ if sys.platform == "win32":
         return (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM)
 
 else:
-    import fcntl
 
     def try_lock(fd: int) -> bool:
         """Lock an open file for this process's life, or say at once that it is held."""
+        import fcntl
+
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2035,15 +2038,16 @@ class Store(Database):
 
     def find(self, pid: str) -> Row:
         """The row of a pid or of a unique prefix; raises NotFound."""
-        rows = self.read(
-            "SELECT * FROM process WHERE pid >= ? AND pid < ? LIMIT 2",
-            (check_pid(pid), pid + "g"),
-        )
-        if not rows:
+        sql = "SELECT * FROM process WHERE pid >= ? AND pid < ? LIMIT 2"
+        row: Row = self._only(pid, self.read(sql, (check_pid(pid), pid + "g")))
+        return row
+
+    def _only(self, pid: str, found: list[Any]) -> Any:
+        if not found:
             raise NotFound(f"no process {pid} in {self.path}")
-        if len(rows) > 1:
+        if len(found) > 1:
             raise NotFound(f"{pid} is the beginning of several pids: write more of it")
-        return rows[0]
+        return found[0]
 
     def whole(self, pid: str) -> str:
         """The pid that a unique prefix stands for; raises NotFound."""
@@ -2078,10 +2082,10 @@ class Store(Database):
 
     def info(self, pid: str) -> ProcessInfo:
         """The record of one process; raises NotFound."""
-        row = self.find(pid)
-        for info in self._infos("WHERE process.id = ?", (row["id"],)):
-            return info
-        raise NotFound(f"process {row['pid']} has just been pruned")
+        clause = "WHERE process.pid >= ? AND process.pid < ? LIMIT 2"
+        found = self._infos(clause, (check_pid(pid), pid + "g"))
+        info: ProcessInfo = self._only(pid, found)
+        return info
 
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
         infos = []
@@ -3763,8 +3767,9 @@ class WorkerHandle:
 
     def hungry(self) -> bool:
         """Whether it has nothing to do, or soon will have."""
-        wants = self.ready and not self.leaving
-        return wants and len(self.held) <= self._ahead() // 2
+        if self.leaving or (self.held and not self.ready):
+            return False
+        return len(self.held) <= self._ahead() // 2
 
     def give(self, held: Held) -> None:
         """Hand a step over, with the next `flush`; it runs after those held before.
@@ -4220,6 +4225,7 @@ class Runner:
         self._busy_since: float | None = None
         self._stopping = False
         self._called = self._rung = True
+        self._news = False  # since the last look somebody has rung
         self._waker: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -4357,7 +4363,7 @@ class Runner:
         self._store.remove_runner(self._number)
 
     def _ring(self) -> None:
-        self._called = True
+        self._called = self._news = True
         self._wake()
 
     def _wake(self) -> None:
@@ -4419,13 +4425,15 @@ class Runner:
         if pool.results:
             ripe = pool.ripe_at() <= time.monotonic()
         else:
-            ripe = bool(room) and self._is_due()
+            ripe = bool(room) and (self._news or self._is_due())
+        self._news = False
         if not ripe and not pool.progress:
             return True
         claimed = []
         try:
             # A claim alone need not reach the disk: without it we claim again.
-            with store.transaction(wait=0, durable=bool(pool.results)) as db:
+            durable = bool(pool.results)
+            with store.transaction(wait=LOCK_SECONDS, durable=durable) as db:
                 for held, report in pool.progress.values():
                     store.record_progress(db, held, report)
                 settled = store.record(db, pool.results)
@@ -4602,7 +4610,9 @@ def _data_argument(text: str | None) -> Json | None:
 def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManager:
     if args.db == "":
         raise BadSpec("--db is empty: name a file")
-    return ProcessManager(args.db, create=create)
+    manager = ProcessManager(args.db, create=create)
+    args.closing.callback(manager.close)
+    return manager
 
 
 def _say(text: str) -> None:
@@ -4889,6 +4899,15 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USAGE)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help of a fixed width: to ask a terminal for its own takes an import of 2 ms,
+    and each argument that is added makes one of these.
+    """
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=80)
+
+
 _PID = ("pid", {"metavar": "PID"})
 _PIDS = ("pids", {"metavar": "PID", "nargs": "+"})
 _JSON = ("--json", {"action": "store_true", "help": "also on a terminal"})
@@ -4998,36 +5017,54 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
 }
 
 
+def _take_arguments(parser: argparse.ArgumentParser, name: str | None) -> None:
+    """Teach a parser the arguments of a command, and those of all."""
+    hidden = argparse.SUPPRESS  # not given here, it may have been before the command
+    parser.add_argument("--db", metavar="FILE", default=hidden, help="the database")
+    parser.add_argument(
+        "--debug", action="store_true", default=hidden, help="show tracebacks"
+    )
+    if name is not None:
+        func, arguments, _ = COMMANDS[name]
+        parser.set_defaults(func=func)
+        for flag, details in arguments:
+            parser.add_argument(*flag.split(), **details)
+
+
+def _described(name: str) -> Json:
+    """What a parser of this command shows when it is asked for help."""
+    func, _, example = COMMANDS[name]
+    return {
+        "description": func.__doc__,
+        "epilog": f"example:\n  {example}",
+        "formatter_class": _Help,
+        "allow_abbrev": False,
+    }
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The whole command line, or what one command needs, which takes less time."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--db", metavar="FILE", help="the database")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    """The parser of the whole command line, or that of one command's arguments.
+
+    To build all of them takes longer than many a command.
+    """
+    if only is not None:
+        parser = _Parser(prog=f"procman.py {only}", **_described(only))
+        _take_arguments(parser, only)
+        return parser
     parser = _Parser(
         prog="procman.py",
         allow_abbrev=False,
-        parents=[common],
         description="Durable multi-step background processes on SQLite.",
         epilog="Exit codes: 0 done, 1 process failed, 2 usage, 3 not found, 4 wrong"
         " state, 5 storage trouble, 6 interrupted, 124 timed out.  The database is"
         " --db, else $PROCMAN_DB, else procman.db beside procman.py.",
     )
     parser.add_argument("--version", action="version", version=f"procman {__version__}")
+    _take_arguments(parser, None)
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in [only] if only in COMMANDS else COMMANDS:
-        func, arguments, example = COMMANDS[name]
-        command = commands.add_parser(
-            name,
-            parents=[common],
-            allow_abbrev=False,
-            help=func.__doc__,
-            description=func.__doc__,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(func=func)
-        for flag, details in arguments:
-            command.add_argument(*flag.split(), **details)
+    for name, (func, _, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=func.__doc__, **_described(name))
+        _take_arguments(command, name)
     return parser
 
 
@@ -5037,13 +5074,18 @@ def _run(words: list[str]) -> int:
     if "--" in words:
         rest = words[words.index("--") + 1 :]
         words = words[: words.index("--")]
-    args = argparse.Namespace(db=None, debug=False, command=rest)
+    closing = contextlib.ExitStack()
+    args = argparse.Namespace(db=None, debug=False, command=rest, closing=closing)
     try:
-        build_parser(words[0] if words else None).parse_args(words, args)
+        if words and words[0] in COMMANDS:
+            build_parser(words[0]).parse_args(words[1:], args)
+        else:
+            build_parser().parse_args(words, args)
         if rest and args.func is not cmd_start:
             raise BadSpec("only start takes a command after --")
-        code: int = args.func(args)
-        return code
+        with closing:
+            code: int = args.func(args)
+            return code
     except ProcmanError as error:
         if args.debug:
             import traceback
@@ -5081,4 +5123,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # the interpreter need not look through all of it once more: 2 ms
+    sys.exit(code)
