@@ -3606,15 +3606,9 @@ class ProcessManager:
             raise BadType("pids must be a list of texts, not one text")
         limit = None if timeout is None else seconds(timeout, "timeout")
         pids = [self.store.whole(pid) for pid in wanted]
-        left, began, version = pids, time.monotonic(), (-1, -1)
-        self.store.unsettled(pids)  # there are all
-        while True:
-            seen = self.store.version()
-            if seen != version:
-                version = seen
-                left = self.store.unsettled(left, look_at_all=enough)
-                if not left or (enough and len(left) < len(pids)):
-                    break
+        left, began = self.store.unsettled(pids), time.monotonic()
+        version: Any = None
+        while left and not (enough and len(left) < len(pids)):
             waited = time.monotonic() - began
             if limit is not None and waited >= limit:
                 raise WaitTimeout(
@@ -3622,6 +3616,10 @@ class ProcessManager:
                     f" first {left[0]}: {self.get_process_status(left[0])}"
                 )
             time.sleep(poll_delay(waited))
+            # Where one alone is looked at, that costs no more than to ask for this.
+            seen = self.store.version() if enough else None
+            if seen is None or seen != version:
+                version, left = seen, self.store.unsettled(left, look_at_all=enough)
         still_open = set(left)
         return [self.get_process_info(pid) for pid in pids if pid not in still_open]
 
