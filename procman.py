@@ -1962,27 +1962,34 @@ class Store(Database):
     ):
         super().__init__(path, now=now, create=create)
         self._definitions: dict[int, Definition] = {}  # the last ones read, parsed
-        self._known: tuple[str, int] | None = None  # the last one inserted
         self._updates: dict[Any, str] = {}  # statements
 
     # --- entering ----------------------------------------------------------
 
-    def insert(self, db: Connection, new: Submission) -> None:
-        """Add a queued process; one without steps is finished at once."""
-        options, number = new.options, self._definition_id(db, new.definition)
+    def insert(self, db: Connection, submissions: Iterable[Submission]) -> None:
+        """Add queued processes; one without steps is finished at once."""
+        sql = "SELECT coalesce(max(id), 0) + 1 FROM process"
+        first, now = db.execute(sql).fetchone()[0], self.now()
+        rows, inputs, stepless = [], [], []
+        numbers: dict[str, int] = {}  # of the definitions
+        for row_id, new in enumerate(submissions, first):
+            text, options = new.definition, new.options
+            number = numbers.get(text)
+            if number is None:
+                number = numbers[text] = self._definition_id(db, text)
+            described = (options["queue"], options["priority"], new.due_at, now)
+            rows.append((row_id, new.pid, number, *described, options["name"]))
+            inputs.append((row_id, new.data))
+            if text.startswith('{"steps":{},'):
+                stepless.append(Move(row_id))
         sql = """
-            INSERT INTO process
-                   (pid, definition, status, queue, priority, due_at, created_at, name)
-            VALUES (?, ?, 'queued', ?, ?, ?, ?, ?) """
-        described = (options["queue"], options["priority"], new.due_at, self.now())
-        row_id = db.execute(
-            sql, (new.pid, number, *described, options["name"])
-        ).lastrowid
-        assert row_id is not None
-        db.execute("INSERT INTO data VALUES (?, 0, ?)", (row_id, new.data))
-        self._add_events(db, "start", [(row_id, None)])
-        if new.definition.startswith('{"steps":{},'):
-            self.transition(db, "finish", Move(row_id))
+            INSERT INTO process (id, pid, definition, status,
+                                 queue, priority, due_at, created_at, name)
+            VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)"""
+        db.executemany(sql, rows)
+        db.executemany("INSERT INTO data VALUES (?, 0, ?)", inputs)
+        self._add_events(db, "start", [(row_id, None) for row_id, _ in inputs])
+        self.transition(db, "finish", *stepless)
 
     def insert_with(self, connection: Connection, new: Submission) -> None:
         """The same, in a transaction of somebody else's connection to this database."""
@@ -1997,25 +2004,22 @@ class Store(Database):
                 raise ProcmanError(
                     "the connection given has no open transaction: BEGIN"
                 )
-            self.insert(connection, new)
+            self.insert(connection, [new])
         finally:
             connection.row_factory = factory
 
-    def _definition_id(self, db: Connection, text: str) -> int:
+    @staticmethod
+    def _definition_id(db: Connection, text: str) -> int:
+        """The number of this definition, which is added if it is new."""
         import zlib
 
-        if self._known and self._known[0] == text:
-            sql = "SELECT id FROM definition WHERE id = ? AND text = ?"
-            if db.execute(sql, (self._known[1], text)).fetchone():
-                return self._known[1]
         crc = zlib.crc32(text.encode())
         sql = "SELECT id FROM definition WHERE hash = ? AND text = ?"
         row = db.execute(sql, (crc, text)).fetchone()
         if row is None:
             db.execute("INSERT INTO definition (hash, text) VALUES (?, ?)", (crc, text))
             row = db.execute("SELECT last_insert_rowid()").fetchone()
-        self._known = (text, int(row[0]))
-        return self._known[1]
+        return int(row[0])
 
     # --- reading -----------------------------------------------------------
 
@@ -3490,8 +3494,7 @@ class ProcessManager:
             process, data = item if isinstance(item, tuple) else (item, None)
             ready.append(self._prepare(process, data, directory))
         with self._verb() as db:
-            for new in ready:
-                self.store.insert(db, new)
+            self.store.insert(db, ready)
         return [new.pid for new in ready]
 
     def _prepare(
