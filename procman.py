@@ -910,7 +910,8 @@ def lock_delay(tries: int, chance: float) -> float:
 
 TREE_VARIABLE = "PROCMAN_TREE"  # in the environment of all that a worker starts
 PIPE_BYTES = 1 << 16  # read at once from a command's pipe
-SILENCE_SECONDS = 0.2  # a pipe that outlives its command is left after so long
+SILENCE_SECONDS = 0.2  # a pipe that outlives its command is left when it is silent ...
+LINGER_SECONDS = 2.0  # ... and in the end whatever still comes
 Sink = Callable[[bytes], None]
 
 if sys.platform == "win32":
@@ -1040,7 +1041,7 @@ if sys.platform == "win32":
         """Give a child its input, and each sink what comes from stdout and stderr.
 
         Returns the exit code.  Not to the end of the pipes, which a grandchild may
-        hold open for ever: until the child has ended and nothing has come for a while.
+        hold open for ever: until the child has ended and no more comes for a while.
         """
         heard = threading.Event()
 
@@ -1063,8 +1064,9 @@ if sys.platform == "win32":
         for listener in listeners:
             listener.start()
         code: int = child.wait()
+        leave_at = time.monotonic() + LINGER_SECONDS
         for listener in listeners:
-            while listener.is_alive():
+            while listener.is_alive() and time.monotonic() < leave_at:
                 heard.clear()
                 listener.join(SILENCE_SECONDS)
                 if not heard.is_set():
@@ -1257,48 +1259,55 @@ else:
 
     write_at = os.pwrite
 
-    def _feed(fd: int, rest: memoryview) -> tuple[memoryview, bool]:
-        """Write what a pipe has room for: what remains, and whether that is all."""
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:
-            return rest, False
-        except OSError:  # its reader need not read it
-            return rest, True
-        return rest, not rest
+    def _writes(pipe: Any, data: bytes) -> Callable[[], bool]:
+        """What writes as much as a pipe has room for, and says whether that is all."""
+        rest = memoryview(data)
+        os.set_blocking(pipe.fileno(), False)
+
+        def write() -> bool:
+            nonlocal rest
+            try:
+                rest = rest[os.write(pipe.fileno(), rest) :]
+            except BlockingIOError:
+                return False
+            except OSError:  # its reader need not read it
+                return True
+            return not rest
+
+        return write
+
+    def _reads(pipe: Any, sink: Sink) -> Callable[[], bool]:
+        """What hands on what a pipe has, and says whether that was all."""
+
+        def read() -> bool:
+            chunk = os.read(pipe.fileno(), PIPE_BYTES)
+            sink(chunk)
+            return not chunk
+
+        return read
 
     def converse(child: Any, data: bytes, sinks: Iterable[Sink]) -> int:
         """Give a child its input, and each sink what comes from stdout and stderr.
 
         Returns the exit code.  Not to the end of the pipes, which a grandchild may
-        hold open for ever: until the child has ended and nothing has come for a while.
+        hold open for ever: until the child has ended and no more comes for a while.
         """
-        import select
+        import selectors
 
-        poll, feed, rest = select.poll(), child.stdin.fileno(), memoryview(data)
-        os.set_blocking(feed, False)
-        poll.register(feed, select.POLLOUT)
-        pipes = {feed: child.stdin}
-        for pipe in (child.stdout, child.stderr):
-            pipes[pipe.fileno()] = pipe
-            poll.register(pipe, select.POLLIN)
-        sink_of = dict(zip((child.stdout, child.stderr), sinks))
-        ready = [(feed, 0)]  # a pipe that is new has room
-        with child.stdin, child.stdout, child.stderr:
-            while ready or child.poll() is None:
-                for fd, _ in ready:
-                    if fd == feed:
-                        rest, over = _feed(feed, rest)
-                    else:
-                        chunk = os.read(fd, PIPE_BYTES)
-                        sink_of[pipes[fd]](chunk)
-                        over = not chunk
-                    if over:
-                        poll.unregister(fd)
-                        pipes.pop(fd).close()
-                if not pipes:
-                    break
-                ready = poll.poll(SILENCE_SECONDS * 1000)
+        write, leave_at = _writes(child.stdin, data), float("inf")
+        with selectors.PollSelector() as pipes, child.stdin, child.stdout, child.stderr:
+            pipes.register(child.stdin, selectors.EVENT_WRITE, write)
+            for pipe, sink in zip((child.stdout, child.stderr), sinks):
+                pipes.register(pipe, selectors.EVENT_READ, _reads(pipe, sink))
+            while pipes.get_map():
+                ready = pipes.select(SILENCE_SECONDS)
+                for key in [key for key, _ in ready if key.data()]:
+                    pipes.unregister(key.fileobj)
+                    key.fileobj.close()  # type: ignore[union-attr]
+                if child.poll() is not None:
+                    leave_at = min(leave_at, time.monotonic() + LINGER_SECONDS)
+                    if not ready or time.monotonic() > leave_at:
+                        break
         return child.wait()  # type: ignore[no-any-return]
 
     def unsafe(path: str, *, directory: bool = False) -> str | None:

@@ -2398,6 +2398,30 @@ def python(code, **more):
     return {"command": [PYTHON, "-c", code], **more}
 
 
+@posix
+def test_a_command_is_not_waited_for_longer_because_its_child_goes_on_printing(manager):
+    silent, loud = manager.start_many(
+        steps({"shell": f"echo first; {child} & exit 0"})
+        for child in ("sleep 600", "while :; do echo more; sleep 0.01; done")
+    )
+    began = time.monotonic()
+    assert drain(manager) == 2
+    assert time.monotonic() - began < 20
+    assert manager.wait(silent).output == {"stdout": "first\n", "exit_code": 0}
+    assert manager.wait(loud).output["stdout"].startswith("first\nmore\n")
+
+
+@posix
+def test_a_command_that_closes_its_output_early_still_gets_all_of_its_input(manager):
+    data = {"text": "x" * 300_000}
+    shell = "exec >&- 2>&-; test $(wc -c) -gt 300000 || exit 3"
+    pid = manager.start_process(steps({"shell": shell}), data)
+    unread = manager.start_process(steps({"shell": "exec <&-; echo no"}), data)
+    assert drain(manager) == 2
+    assert manager.wait(pid).output == {"stdout": "", "exit_code": 0}
+    assert manager.wait(unread).output == {"stdout": "no\n", "exit_code": 0}
+
+
 BAD_COMMANDS = {  # name: (spec, type, words, exit code, signal)
     "missing": (
         {"command": ["./nosuchprogram", "x"]},
