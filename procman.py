@@ -98,7 +98,7 @@ __all__ = [
 # Words and numbers that every room may use.  Knows no room.
 
 BUSY_SECONDS = 10.0  # a command waits this long for the write lock, then exit 5
-LOCK_SECONDS = 0.003  # ... a runner so long at once: it has workers to look after
+LOCK_SECONDS = 0.003  # a runner, which has workers to look after, so long at once
 POLL_SECONDS = 1.0  # a runner looks this often, even if no doorbell rings
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 SPAWN_SECONDS = 60.0  # a worker that is not up by then is killed
@@ -1043,34 +1043,37 @@ if sys.platform == "win32":
         Returns the exit code.  Not to the end of the pipes, which a grandchild may
         hold open for ever: until the child has ended and no more comes for a while.
         """
-        heard = threading.Event()
+        left = threading.Event()
 
         def feed() -> None:
             with contextlib.suppress(OSError, ValueError):  # it need not read it
                 child.stdin.write(data)
                 child.stdin.close()
 
-        def listen(pipe: Any, sink: Sink) -> None:
+        def listen(pipe: Any, sink: Sink, heard: threading.Event) -> None:
             with contextlib.suppress(OSError, ValueError), pipe:
                 while chunk := os.read(pipe.fileno(), PIPE_BYTES):
+                    if left.is_set():
+                        break
                     sink(chunk)
                     heard.set()
 
         threading.Thread(target=feed, daemon=True).start()
-        listeners = [
-            threading.Thread(target=listen, args=ends, daemon=True)
-            for ends in zip((child.stdout, child.stderr), sinks)
-        ]
-        for listener in listeners:
-            listener.start()
+        listeners = []
+        for pipe, sink in zip((child.stdout, child.stderr), sinks):
+            ends = (pipe, sink, threading.Event())
+            thread = threading.Thread(target=listen, args=ends, daemon=True)
+            thread.start()
+            listeners.append((thread, ends[-1]))
         code: int = child.wait()
         leave_at = time.monotonic() + LINGER_SECONDS
-        for listener in listeners:
-            while listener.is_alive() and time.monotonic() < leave_at:
+        for thread, heard in listeners:
+            while thread.is_alive() and time.monotonic() < leave_at:
                 heard.clear()
-                listener.join(SILENCE_SECONDS)
+                thread.join(SILENCE_SECONDS)
                 if not heard.is_set():
                     break
+        left.set()
         return code
 
     def unsafe(path: str, *, directory: bool = False) -> str | None:
@@ -1281,7 +1284,8 @@ else:
 
         def read() -> bool:
             chunk = os.read(pipe.fileno(), PIPE_BYTES)
-            sink(chunk)
+            if chunk:
+                sink(chunk)
             return not chunk
 
         return read
@@ -1300,11 +1304,12 @@ else:
             for pipe, sink in zip((child.stdout, child.stderr), sinks):
                 pipes.register(pipe, selectors.EVENT_READ, _reads(pipe, sink))
             while pipes.get_map():
+                ended = child.poll() is not None  # before what it printed is looked for
                 ready = pipes.select(SILENCE_SECONDS)
                 for key in [key for key, _ in ready if key.data()]:
                     pipes.unregister(key.fileobj)
                     key.fileobj.close()  # type: ignore[union-attr]
-                if child.poll() is not None:
+                if ended:
                     leave_at = min(leave_at, time.monotonic() + LINGER_SECONDS)
                     if not ready or time.monotonic() > leave_at:
                         break
@@ -1457,7 +1462,6 @@ class OutputFile:
         self.path = path
         self._fd = -1
         self._first_line = b""
-        self._used = True  # something may stand behind the first line
         self._size_read = 0
 
     def create(self) -> int:
@@ -1470,11 +1474,10 @@ class OutputFile:
         with contextlib.suppress(OSError):  # a full disk stops no step
             if self._fd < 0:  # beside the one that appends and may do no more
                 self._fd = private_file(self.path, os.O_RDWR)
-            first_line = self._line(owner, 0)
-            if self._used or len(first_line) != len(self._first_line):
+            self._first_line = self._line(owner, 0)
+            if os.fstat(self._fd).st_size != len(self._first_line):
                 os.ftruncate(self._fd, 0)
-            self._first_line = first_line
-            write_at(self._fd, first_line, 0)
+            write_at(self._fd, self._first_line, 0)
 
     @staticmethod
     def _line(owner: str, cut: int) -> bytes:
@@ -1482,12 +1485,9 @@ class OutputFile:
 
     def has_some(self) -> bool:
         """Whether anything was printed since `begin`."""
-        try:
-            self._used = os.fstat(self._fd).st_size != len(self._first_line)
-        except OSError:
-            self._used = True
-            return False
-        return self._used
+        with contextlib.suppress(OSError):
+            return os.fstat(self._fd).st_size > len(self._first_line)
+        return False
 
     def read(self) -> tuple[str, Printed]:
         """(owner, what it has printed so far)."""
@@ -1822,7 +1822,8 @@ class Database:
         """Close the connection; the next use opens it again."""
         with self._my_turn():
             if self._db is not None:
-                self._db.close()
+                with contextlib.suppress(sqlite3.Error):  # what is committed stays
+                    self._db.close()
             self._db = None
 
     # --- transactions ------------------------------------------------------
@@ -1886,11 +1887,11 @@ class Database:
                     finally:
                         if self.db.in_transaction:  # else a full disk has done it
                             self.db.execute("ROLLBACK")
-                    break
+                    self._commits += 1
+                    with contextlib.suppress(sqlite3.Error):  # it is committed
+                        self.checkpoint()
+                    return
             time.sleep(lock_delay(tries, jitter()))
-        self._commits += 1
-        with contextlib.suppress(sqlite3.Error):  # what is committed is committed
-            self.checkpoint()
 
     def _begin(self, durable: bool, *, last: bool) -> bool:
         """Take the write lock; False if another has it, and on the `last` try Busy."""
@@ -1955,9 +1956,6 @@ class Database:
     def version(self) -> tuple[int, int]:
         """What changes with each commit, another connection's or our own."""
         return self.read("PRAGMA data_version")[0][0], self._commits
-
-
-_AT_ONCE = 500  # rows of one query; SQLite may take no more than 999 parameters
 
 
 class Store(Database):
@@ -2052,30 +2050,25 @@ class Store(Database):
     def find(self, pid: str) -> Row:
         """The row of a pid or of a unique prefix; raises NotFound."""
         sql = "SELECT * FROM process WHERE pid >= ? AND pid < ? LIMIT 2"
-        row: Row = self._only(pid, self.read(sql, (check_pid(pid), pid + "g")))
+        row: Row = self._one(pid, self.read(sql, (check_pid(pid), pid + "g")))
         return row
 
-    def _only(self, pid: str, found: list[Any]) -> Any:
+    def _one(self, pid: str, found: list[Any]) -> Any:
         if not found:
             raise NotFound(f"no process {pid} in {self.path}")
         if len(found) > 1:
             raise NotFound(f"{pid} is the beginning of several pids: write more of it")
         return found[0]
 
-    def whole(self, pid: str) -> str:
+    def full_pid(self, pid: str) -> str:
         """The pid that a unique prefix stands for; raises NotFound."""
         return pid if len(check_pid(pid)) == PID_LENGTH else str(self.find(pid)["pid"])
 
-    def unsettled(self, pids: list[str], *, look_at_all: bool = True) -> list[str]:
-        """Those of these pids that are neither final nor interrupted, in order.
-
-        Not `look_at_all`: what comes after the first such is taken for one too.
-        Raises NotFound.
-        """
+    def still_going(self, pids: list[str]) -> list[str]:
+        """Those that are neither final nor interrupted, in order; raises NotFound."""
         found: list[str] = []
-        start, end = 0, _AT_ONCE if look_at_all else 1
-        while start < len(pids) and (look_at_all or not found):
-            some = pids[start:end]
+        for start in range(0, len(pids), 500):  # SQLite may take no more than 999
+            some = pids[start : start + 500]
             marks = ", ".join("?" * len(some))
             sql = f"SELECT pid, status FROM process WHERE pid IN ({marks})"
             states = dict(map(tuple, self.read(sql, some)))
@@ -2084,8 +2077,7 @@ class Store(Database):
                     raise NotFound(f"no process {pid} in {self.path}")
                 if states[pid] in (QUEUED, RUNNING, WAITING):
                     found.append(pid)
-            start, end = end, end + min(2 * len(some), _AT_ONCE)
-        return found + pids[start:]
+        return found
 
     _SHOWN = """
         SELECT process.*, data.data FROM process
@@ -2097,7 +2089,7 @@ class Store(Database):
         """The record of one process; raises NotFound."""
         clause = "WHERE process.pid >= ? AND process.pid < ? LIMIT 2"
         found = self._infos(clause, (check_pid(pid), pid + "g"))
-        info: ProcessInfo = self._only(pid, found)
+        info: ProcessInfo = self._one(pid, found)
         return info
 
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
@@ -2200,9 +2192,9 @@ class Store(Database):
                         return printed
         return Printed()
 
-    def bells(self, db: Connection) -> list[int]:
+    def bells(self) -> list[int]:
         """The ports on which the registered runners are to be rung."""
-        rows = db.execute("SELECT port FROM runner WHERE port IS NOT NULL")
+        rows = self.read("SELECT port FROM runner WHERE port IS NOT NULL")
         return [row[0] for row in rows]
 
     def runners(self) -> list[Row]:
@@ -2283,9 +2275,11 @@ class Store(Database):
         claims = []
         for row in rows:
             columns = {"runner": runner, "claim": row["claim"] + 1}
-            columns["started_at"] = row["started_at"] or now
+            first = row["started_at"] is None
+            columns["started_at"] = now if first else row["started_at"]
             claims.append(Move(row["id"], columns))
-        self.transition(db, "claim", *claims)
+        if not self.transition(db, "claim", *claims):
+            return []
         held = (self._hold(db, row) for row in rows)
         return [one for one in held if one is not None]
 
@@ -2599,8 +2593,9 @@ class Store(Database):
     def transition(self, db: Connection, event: str, *moves: Move) -> bool:
         """Move processes along TRANSITIONS: all of them; or none, and False.
 
-        The one writer of `status`.  With a claim a process moves only if that is
-        still its claim and, whatever the event but `cancel`, nobody wants it cancelled.
+        The one writer of `status`.  The moves change the same columns.  With a claim a
+        process moves only if that is still its claim and, whatever the event but
+        `cancel`, nobody wants it cancelled.
         """
         sources, target = TRANSITIONS[event]
         status: Json = {"status": target}
@@ -2626,10 +2621,13 @@ class Store(Database):
         """
         if not moves:
             return True
-        claimed = moves[0].claim is not None
-        sql = self._update_sql(sources, tuple(moves[0].columns), claimed)
+        names, claimed = tuple(moves[0].columns), moves[0].claim is not None
+        guard = "" if not claimed else " AND claim = ?"
+        if claimed and kind != "cancel":  # which is that wish
+            guard += " AND NOT cancel_requested"
+        sql = self._update_sql(names, sources, guard)
         values = [
-            (*columns.values(), row_id, *([claim] if claimed else []))
+            (*[columns[name] for name in names], row_id, *([claim] if claimed else []))
             for row_id, columns, claim in moves
         ]
         if len(moves) > 1:
@@ -2645,20 +2643,15 @@ class Store(Database):
         return moved
 
     def _update_sql(
-        self, sources: tuple[str, ...], columns: tuple[str, ...], claimed: bool
+        self, names: tuple[str, ...], sources: tuple[str, ...], guard: str
     ) -> str:
-        """An UPDATE of these columns that is guarded by the state, or by the claim."""
-        key = (sources, columns, claimed)
+        """The UPDATE of these columns of a process that is in one of these states."""
+        key = (names, sources, guard)
         if key not in self._updates:
             states = ", ".join(f"'{word}'" for word in sources)
-            guard = f"status IN ({states})"
-            if claimed:
-                guard = "status = 'running' AND claim = ?"
-                if sources != OPEN_STATES:  # those of `cancel`, which is that wish
-                    guard += " AND NOT cancel_requested"
             self._updates[key] = (
-                f"UPDATE process SET {', '.join(f'{name} = ?' for name in columns)}"
-                f" WHERE id = ? AND {guard}"
+                f"UPDATE process SET {', '.join(f'{name} = ?' for name in names)}"
+                f" WHERE id = ? AND status IN ({states}){guard}"
             )
         return self._updates[key]
 
@@ -2833,7 +2826,7 @@ class _FunctionStep:
         self.execute = function
 
 
-class _Printed:
+class _Kept:
     """What a command prints on one pipe: copied to our own output, and kept if it fits.
 
     `target`: the descriptor it is copied to.  Kept: the first `limit` bytes, the last.
@@ -2863,7 +2856,7 @@ class _Printed:
 
 def _run_command(
     command: list[str] | str, data: bytes, limit: int
-) -> tuple[int, _Printed, _Printed]:
+) -> tuple[int, _Kept, _Kept]:
     """Run it with `data` on standard input: (exit code, what it printed, errors)."""
     import subprocess
 
@@ -2882,7 +2875,7 @@ def _run_command(
             type(error).__name__,
             f"cannot run {shorten(name, 200)!r}: {error.strerror} (in {os.getcwd()})",
         ) from None
-    out, err = _Printed(1, limit), _Printed(2, OUTPUT_HEAD_BYTES)
+    out, err = _Kept(1, limit), _Kept(2, OUTPUT_HEAD_BYTES)
     try:
         return converse(child, data, (out.add, err.add)), out, err
     except BaseException:
@@ -2934,9 +2927,13 @@ def build_step(spec: Any, services: Services, directory: str) -> Any:
     elif "call" in spec:
         step = resolve(spec["call"], directory)
     else:
+        import copy
+
         maker = resolve(spec.get("class") or spec["factory"], directory)
         given = [services.get(name) for name in spec.get("services", ())]
-        step = maker(*given, *spec.get("args", ()), **spec.get("kwargs", {}))
+        # The spec is used again; a step may change what it was given.
+        own = copy.deepcopy(spec)
+        step = maker(*given, *own.get("args", ()), **own.get("kwargs", {}))
     if callable(getattr(step, "execute", None)):
         return step
     if (isinstance(spec, str) or "call" in spec) and callable(step):
@@ -3003,11 +3000,11 @@ def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
         sys.argv = arguments
         if _environ != environment:
             decode = os.environ.decodevalue
-            for name in {name for name, _ in _environ.items() ^ environment.items()}:
-                if name in environment:
-                    os.environ[decode(name)] = decode(environment[name])
-                else:
+            for name in _environ.keys() | environment.keys():
+                if name not in environment:
                     del os.environ[decode(name)]
+                elif _environ.get(name) != environment[name]:
+                    os.environ[decode(name)] = decode(environment[name])
 
 
 async def _await(result: Any) -> Any:
@@ -3602,36 +3599,39 @@ class ProcessManager:
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """All of them, in order, once each is final or interrupted."""
-        return self._wait(pids, timeout, enough=False)
+        return self._wait(pids, timeout, any_will_do=False)
 
     def wait_any(
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """Those that are final or interrupted, as soon as there is one."""
-        return self._wait(pids, timeout, enough=True)
+        return self._wait(pids, timeout, any_will_do=True)
 
     def _wait(
-        self, wanted: Iterable[str], timeout: float | None, *, enough: bool
+        self, wanted: Iterable[str], timeout: float | None, *, any_will_do: bool
     ) -> list[ProcessInfo]:
-        """Until all are final or interrupted, or where one is `enough` until one is."""
+        """Until all are final or interrupted, or where any will do until one is."""
         if isinstance(wanted, str):
             raise BadType("pids must be a list of texts, not one text")
         limit = None if timeout is None else seconds(timeout, "timeout")
-        pids = [self.store.whole(pid) for pid in wanted]
-        left, began = self.store.unsettled(pids), time.monotonic()
-        version: Any = None
-        while left and not (enough and len(left) < len(pids)):
+        pids = [self.store.full_pid(pid) for pid in wanted]
+        left, began = self.store.still_going(pids), time.monotonic()
+        while left and not (any_will_do and len(left) < len(pids)):
             waited = time.monotonic() - began
             if limit is not None and waited >= limit:
+                left = self.store.still_going(left)
+                if not left:
+                    break
                 raise WaitTimeout(
                     f"after {timeout} s {len(left)} of {len(pids)} still open,"
                     f" first {left[0]}: {self.get_process_status(left[0])}"
                 )
             time.sleep(poll_delay(waited))
-            # Where one alone is looked at, that costs no more than to ask for this.
-            seen = self.store.version() if enough else None
-            if seen is None or seen != version:
-                version, left = seen, self.store.unsettled(left, look_at_all=enough)
+            # Of those that are all waited for a few tell whether there is more to do.
+            look, rest = (left, []) if any_will_do else (left[:50], left[50:])
+            while look and not (look := self.store.still_going(look)):
+                look, rest = rest[:50], rest[50:]
+            left = look + rest
         still_open = set(left)
         return [self.get_process_info(pid) for pid in pids if pid not in still_open]
 
@@ -3649,23 +3649,23 @@ class ProcessManager:
         """A transaction; after its commit the waiting runners are rung."""
         with self.store.transaction() as db:
             yield db
-            bells = self.store.bells(db)
+            bells = self.store.bells()
         self._ring(bells)
 
     def ring(self) -> None:
         """Wake the waiting runners: after a commit of your own connection."""
         with contextlib.suppress(StorageError):  # what is queued is queued
-            self._ring([row["port"] for row in self.store.runners() if row["port"]])
+            self._ring(self.store.bells())
 
     def _ring(self, ports: list[int]) -> None:
         """Send each a byte, which may get lost, for they look anyway."""
-        if ports and self._socket is None:
-            import socket
+        with contextlib.suppress(OSError):
+            if ports and self._socket is None:
+                import socket
 
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._socket.setblocking(False)
-        for port in ports:
-            with contextlib.suppress(OSError):
+                self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                self._socket.setblocking(False)
+            for port in ports:
                 self._socket.sendto(b"\n", ("127.0.0.1", port))
 
     def close(self) -> None:
@@ -3777,9 +3777,7 @@ class WorkerHandle:
 
     def hungry(self) -> bool:
         """Whether it has nothing to do, or soon will have."""
-        if self.leaving or (self.held and not self.ready):
-            return False
-        return len(self.held) <= self._ahead() // 2
+        return 2 * self.room() >= self._ahead()
 
     def give(self, held: Held) -> None:
         """Hand a step over, with the next `flush`; it runs after those held before.
@@ -3900,6 +3898,7 @@ class Pool:
         self._directory, self._token, self._hello = directory, token, hello
         self._size, self._wake = size, wake
         self._count = self._failures = 0
+        self._waits_until = 0.0  # monotonic: see `_waits_for_idle`
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add_worker(self) -> WorkerHandle:
@@ -3928,7 +3927,7 @@ class Pool:
             self.spawned.append(worker)
             self._wake()
             async for frames in worker.frames():
-                company = bool(self.results)  # for these, whose time is known
+                company = bool(self.results)  # for whose time somebody is awake
                 for header, data in frames:
                     self._on_frame(worker, header, data)
                 if not company or self.ripe_at() <= time.monotonic():
@@ -4089,8 +4088,22 @@ class Pool:
             room[worker] = 0 if worker.alone else room[worker] - 1
         for worker in self.workers:
             worker.flush()
-        while self.ready:
-            self.add_result(self.ready.popleft(), Outcome("stopped"))
+        if not self._waits_for_idle():
+            while self.ready:
+                self.add_result(self.ready.popleft(), Outcome("stopped"))
+
+    def _waits_for_idle(self) -> bool:
+        """Whether the next step wants a worker for itself, and has not waited long.
+
+        Given back it would be claimed at once, again and again, until one is idle.
+        """
+        if not self.ready or not self.ready[0].crashes:
+            self._waits_until = 0.0
+        elif not self._waits_until:
+            self._waits_until = time.monotonic() + STALL_SECONDS
+        elif time.monotonic() >= self._waits_until:
+            self._waits_until = 0.0
+        return self._waits_until > 0.0
 
     def end(
         self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
@@ -4128,6 +4141,8 @@ class Pool:
 
     def moments(self) -> Iterator[float]:
         """When `watch` should be called next, the least of these."""
+        if self._waits_until:
+            yield self._waits_until
         for worker in self.workers:
             limit, stalls = worker.deadline(), worker.stalls_at()
             if limit is not None:
@@ -4235,7 +4250,6 @@ class Runner:
         self._busy_since: float | None = None
         self._stopping = False
         self._called = self._rung = True
-        self._news = False  # since the last look somebody has rung
         self._waker: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -4373,7 +4387,7 @@ class Runner:
         self._store.remove_runner(self._number)
 
     def _ring(self) -> None:
-        self._called = self._news = True
+        self._called = True
         self._wake()
 
     def _wake(self) -> None:
@@ -4435,8 +4449,7 @@ class Runner:
         if pool.results:
             ripe = pool.ripe_at() <= time.monotonic()
         else:
-            ripe = bool(room) and (self._news or self._is_due())
-        self._news = False
+            ripe = bool(room) and self._is_due()
         if not ripe and not pool.progress:
             return True
         claimed = []

@@ -948,6 +948,22 @@ def test_a_failing_process_is_retried_after_growing_intervals_until_none_is_left
     assert read_ledger(ledger) == [f"{pid}.a.0"], "only the failed step ran again"
 
 
+def test_waits_for_a_lock_are_short_and_uneven_at_first_and_longer_in_a_crowd():
+    for tries, chance, expected in (
+        (0, 0, 0.0001),
+        (0, 1, 0.0003),
+        (5, 0.5, 0.00151875),
+        (10**9, 0, 0.004),
+        (10**9, 1, 0.012),
+    ):
+        assert procman.lock_delay(tries, chance) == pytest.approx(expected)
+
+
+def test_a_waiter_looks_again_after_a_sixteenth_of_its_wait():
+    for waited, expected in ((0, 0.0001), (0.016, 0.001), (0.8, 0.05), (1e9, 0.05)):
+        assert procman.poll_delay(waited) == pytest.approx(expected)
+
+
 # ===========================================================================
 # 4. Platform
 # ===========================================================================
@@ -1723,6 +1739,27 @@ def test_who_has_lost_its_claim_writes_nothing_any_more(manager):
     assert (event, following.data, following.step_index) == ("step", '{"x":3}', 1)
 
 
+def test_a_wait_for_many_says_how_many_are_open_and_looks_no_further_than_needed(
+    manager,
+):
+    pids = manager.start_many([steps("steps:add_one")] * 1200)
+    left = manager.start_process(steps("steps:add_one", delay="1h"))
+    assert drain(manager) == 1200
+    going = manager.start_many([steps("steps:add_one", delay="1h")] * 3)
+    cancel = threading.Timer(0.3, lambda: [manager.cancel(pid) for pid in going])
+    cancel.start()
+    with pytest.raises(procman.WaitTimeout, match="1 of 1204 still open") as raised:
+        manager.wait_all([left, *pids, *going], 2)
+    cancel.join()
+    assert left in str(raised.value)
+    assert len(manager.wait_any([left, *pids], 5)) == 1200
+    assert len(manager.wait_all(pids[:3] * 2, 5)) == 6
+    for wait in (manager.wait_all, manager.wait_any):
+        assert wait([]) == []
+        with pytest.raises(procman.NotFound, match="f" * 32):
+            wait([*pids, "f" * 32], 5)
+
+
 def test_of_results_that_are_recorded_together_each_gets_what_is_its_own(manager):
     pids = manager.start_many([steps("m:f")] * 4 + [steps("m:f", "m:f")] * 2)
     store = manager.store
@@ -2420,6 +2457,42 @@ def test_a_command_that_closes_its_output_early_still_gets_all_of_its_input(mana
     assert drain(manager) == 2
     assert manager.wait(pid).output == {"stdout": "", "exit_code": 0}
     assert manager.wait(unread).output == {"stdout": "no\n", "exit_code": 0}
+
+
+def test_what_a_step_changes_of_its_arguments_no_other_process_sees(manager, home):
+    (home / "collect.py").write_text(
+        "class Collect:\n"
+        "    def __init__(self, given, *, seen):\n"
+        "        self.given, self.seen = given, seen\n"
+        "    def execute(self, data):\n"
+        "        self.given.append(data['n'])\n"
+        "        self.seen['n'] = self.seen.get('n', 0) + 1\n"
+        "        return {'given': self.given, 'seen': self.seen}\n"
+    )
+    spec = {"class": "collect:Collect", "args": [[]], "kwargs": {"seen": {}}}
+    pids = manager.start_many((steps(spec), {"n": number}) for number in range(3))
+    assert drain(manager, max_workers=1) == 3
+    for number, info in enumerate(manager.wait_all(pids)):
+        assert info.output == {"given": [number], "seen": {"n": 1}}
+
+
+def test_what_is_printed_between_two_steps_is_not_the_next_ones(manager, home):
+    (home / "late.py").write_text(
+        "import threading, time\n"
+        "def first(data):\n"
+        "    def later():\n"
+        "        time.sleep(0.3)\n"
+        "        print('late')\n"
+        "        open('printed', 'w').close()\n"
+        "    threading.Thread(target=later, daemon=True).start()\n"
+        "def second(data): pass\n"
+    )
+    with running(manager, "--max-workers", "1"):
+        manager.wait(manager.start_process(steps("late:first")), 30)
+        eventually((home / "printed").exists)
+        pid = manager.start_process(steps("late:second"))
+        manager.wait(pid, 30)
+    assert manager.logs(pid) == ""
 
 
 BAD_COMMANDS = {  # name: (spec, type, words, exit code, signal)
@@ -3476,6 +3549,35 @@ def test_a_signal_stops_a_runner_gracefully_and_a_second_at_once(manager, more, 
         assert not answers(more / "port")
     info = manager.get_process_info(pid)
     assert (info.status, info.step, info.attempt, info.crashes) == ("queued", "b", 1, 0)
+
+
+@posix
+def test_a_start_that_is_committed_is_acknowledged_though_no_bell_can_be_rung(manager):
+    import resource
+
+    manager.store.add_runner("token", "", ["default"], 9, waits=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    manager.start_process(steps("m:f"))
+    manager.close()
+    manager.get_process_status(manager.list_processes()[0].pid)
+    unused = os.open(os.devnull, os.O_RDONLY)
+    os.close(unused)  # the lowest number that is free, and so no more than it
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unused, limits[1]))
+        pid = manager.start_process(steps("m:f"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert manager.get_process_status(pid) == "queued"
+
+
+def test_processes_that_want_a_worker_alone_are_not_claimed_again_and_again(manager):
+    pids = manager.start_many([steps("steps:add_one")] * 600)
+    with manager.store.transaction() as db:
+        db.execute("UPDATE process SET crashes = 1 WHERE id % 30 = 0")
+    assert drain(manager) == 600
+    assert {info.status for info in manager.wait_all(pids)} == {"finished"}
+    claims = manager.store.read("SELECT count(*) FROM event WHERE kind = 'claim'")
+    assert claims[0][0] < 1000
 
 
 @posix
