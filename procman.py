@@ -1958,6 +1958,11 @@ class Database:
         return self.read("PRAGMA data_version")[0][0], self._commits
 
 
+def _whole(value: Any) -> int:
+    """A number that is one, unless a row has been edited by hand."""
+    return value if isinstance(value, int) else 0
+
+
 class Store(Database):
     """The processes in a database: every read, write and transition.
 
@@ -1976,7 +1981,9 @@ class Store(Database):
     def insert(self, db: Connection, submissions: Iterable[Submission]) -> None:
         """Add queued processes; one without steps is finished at once."""
         sql = "SELECT coalesce(max(id), 0) + 1 FROM process"
-        first, now = db.execute(sql).fetchone()[0], self.now()
+        first, now = _whole(db.execute(sql).fetchone()[0]), self.now()
+        if not first:
+            raise StorageError(f"the database {self.path} has no room for another id")
         rows, inputs, stepless = [], [], []
         numbers: dict[str, int] = {}  # of the definitions
         for row_id, new in enumerate(submissions, first):
@@ -2218,7 +2225,8 @@ class Store(Database):
             for row in self.read(
                 """
                 SELECT min(due_at) FROM process
-                 WHERE status = 'queued' AND priority = ? AND queue = ?""",
+                 WHERE status = 'queued' AND priority = ? AND queue = ?
+                   AND due_at < 1e15""",
                 (priority, queue),
             )
             if row[0] is not None
@@ -2274,7 +2282,7 @@ class Store(Database):
                 break
         claims = []
         for row in rows:
-            columns = {"runner": runner, "claim": row["claim"] + 1}
+            columns: Json = {"runner": runner, "claim": _whole(row["claim"]) + 1}
             first = row["started_at"] is None
             columns["started_at"] = now if first else row["started_at"]
             claims.append(Move(row["id"], columns))
@@ -2287,9 +2295,10 @@ class Store(Database):
         """What was claimed; None where its rows are damaged, which is its error."""
         try:
             definition = self.definition(row["definition"])
-            if not isinstance(row["data"], str) or not definition.step_name(
-                row["step_index"]
-            ):
+            sound = isinstance(row["data"], str) and str(row["pid"]).isalnum()
+            for name in ("claim", "attempt", "crashes", "step_index"):
+                sound = sound and isinstance(row[name], int)
+            if not sound or not definition.step_name(row["step_index"]):
                 raise StorageError(f"the database {self.path} has lost the step's data")
         except StorageError as error:
             failure = to_json(make_error(None, "StorageError", str(error)))
@@ -3260,6 +3269,7 @@ class _Worker:
         self._services_directory = hello["directory"]
         self._sources = _Sources()
         self._stopped = threading.Event()
+        self._commands = False  # what runs is a command
         self._progress_at = 0.0
         self._reported: Json = {}
         self._os_pid = os.getpid()
@@ -3267,15 +3277,17 @@ class _Worker:
 
     def read(self, frames: Iterator[bytes]) -> None:
         """Take frames in (a thread of its own); when they end the runner is gone."""
-        with contextlib.suppress(OSError):  # a step has closed it
-            for line in frames:
-                if line == GIVE_BACK:
-                    self._connection.send({"given_back": self._give_back()})
-                else:
-                    self._inbox.put(line)
-        kill_children()
-        self._output.remove()
-        os._exit(0 if self._connection.intact() else BROKEN_PIPE_EXIT)
+        try:
+            with contextlib.suppress(OSError):  # a step has closed it
+                for line in frames:
+                    if line == GIVE_BACK:
+                        self._connection.send({"given_back": self._give_back()})
+                    else:
+                        self._inbox.put(line)
+        finally:
+            kill_children()
+            self._output.remove()
+            os._exit(0 if self._connection.intact() else BROKEN_PIPE_EXIT)
 
     def _give_back(self) -> list[int]:
         """Take out what has not begun; the runner has better use for it."""
@@ -3333,11 +3345,13 @@ class _Worker:
         self._output.begin(f"{order['pid']} {order['claim']} {order['index']}")
         try:
             report["ending"], data = self._execute(order)
-        except _Stopped:
-            report["ending"] = "stopped"
         except BaseException as error:
-            report["ending"] = "error"
-            report["error"] = describe_failure(order["step"], error)
+            report["ending"] = "stopped"
+            if not isinstance(error, _Stopped) and not (
+                isinstance(error, StepError) and self._stopped.is_set()
+            ):
+                report["ending"] = "error"
+                report["error"] = describe_failure(order["step"], error)
         self._sources.note(began_at)
         for stream in (sys.__stdout__, sys.__stderr__):
             with contextlib.suppress(Exception):
@@ -3363,10 +3377,12 @@ class _Worker:
         order["data"] = expect_object(json.loads(order["data"]))
         order["script_args"], order["database"] = self._script_args, self._database
         self._progress_at = 0.0
+        self._commands = not needs_code(order["spec"])
         try:
             services = self._find_services(order["spec"])
             result, interrupts = execute_step(order, services, context)
         finally:
+            self._commands = False
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         where = f"the output of step {order['step']!r}"
         data = None if result is None else to_json(expect_object(result, where), where)
@@ -3401,7 +3417,8 @@ class _Worker:
         if os.getpid() != self._os_pid:
             end_by_sigterm()
         self._stopped.set()
-        raise _Stopped
+        if not self._commands:  # a command has been asked, too, and may still tidy up
+            raise _Stopped
 
 
 def worker_main() -> int:
@@ -3898,7 +3915,7 @@ class Pool:
         self._directory, self._token, self._hello = directory, token, hello
         self._size, self._wake = size, wake
         self._count = self._failures = 0
-        self._waits_until = 0.0  # monotonic: see `_waits_for_idle`
+        self._keep_until = 0.0  # monotonic: then what is ready is given back
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add_worker(self) -> WorkerHandle:
@@ -4072,7 +4089,7 @@ class Pool:
         return max(0, room + self.may_spawn() - len(self.ready))
 
     def hand_over(self) -> None:
-        """Give what is ready to the workers, and back what none can begin soon."""
+        """Give what is ready to the workers, and in the end back what none can take."""
         room = {worker: worker.room() for worker in self.workers}
         while self.ready:
             worker = min(room, key=lambda one: len(one.held), default=None)
@@ -4088,22 +4105,21 @@ class Pool:
             room[worker] = 0 if worker.alone else room[worker] - 1
         for worker in self.workers:
             worker.flush()
-        if not self._waits_for_idle():
+        self._give_back(time.monotonic())
+
+    def _give_back(self, now: float) -> None:
+        """What no worker could take for a while: to be queued again.
+
+        Not at once: it would be claimed again at once, until there is room.
+        """
+        if not self.ready:
+            self._keep_until = 0.0
+        elif not self._keep_until:
+            self._keep_until = now + STALL_SECONDS
+        elif now >= self._keep_until:
+            self._keep_until = 0.0
             while self.ready:
                 self.add_result(self.ready.popleft(), Outcome("stopped"))
-
-    def _waits_for_idle(self) -> bool:
-        """Whether the next step wants a worker for itself, and has not waited long.
-
-        Given back it would be claimed at once, again and again, until one is idle.
-        """
-        if not self.ready or not self.ready[0].crashes:
-            self._waits_until = 0.0
-        elif not self._waits_until:
-            self._waits_until = time.monotonic() + STALL_SECONDS
-        elif time.monotonic() >= self._waits_until:
-            self._waits_until = 0.0
-        return self._waits_until > 0.0
 
     def end(
         self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
@@ -4141,8 +4157,8 @@ class Pool:
 
     def moments(self) -> Iterator[float]:
         """When `watch` should be called next, the least of these."""
-        if self._waits_until:
-            yield self._waits_until
+        if self.ready:
+            yield self._keep_until
         for worker in self.workers:
             limit, stalls = worker.deadline(), worker.stalls_at()
             if limit is not None:

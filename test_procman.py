@@ -3578,7 +3578,26 @@ def test_processes_that_want_a_worker_alone_are_not_claimed_again_and_again(mana
     assert drain(manager) == 600
     assert {info.status for info in manager.wait_all(pids)} == {"finished"}
     claims = manager.store.read("SELECT count(*) FROM event WHERE kind = 'claim'")
-    assert claims[0][0] < 1000
+    assert claims[0][0] < 900
+
+
+@posix
+@pytest.mark.parametrize(("last", "status"), [("exit 0", "finished"), ("", "queued")])
+def test_a_command_that_is_asked_to_end_has_the_grace_to_tidy_up(
+    manager, home, last, status
+):
+    shell = (
+        f"trap 'sleep 0.5; echo tidy > tidied; {last or 'exit 1'}' TERM;"
+        " echo > ready; while :; do sleep 0.05; done"
+    )
+    pid = manager.start_process(steps({"shell": shell}))
+    with running(manager, "--grace", "60") as child:
+        eventually((home / "ready").exists)
+        child.terminate()
+        assert child.wait(20) == 0
+    assert (home / "tidied").read_text() == "tidy\n"
+    info = manager.get_process_info(pid)
+    assert (info.status, info.attempt, info.crashes) == (status, 1, 0)
 
 
 @posix
@@ -4891,6 +4910,9 @@ def test_a_worker_imports_nothing_from_the_directory_of_its_runner(manager, home
         "UPDATE data SET data = x'7b7d'",
         "DELETE FROM data",
         "UPDATE process SET step_index = 99",
+        "UPDATE process SET attempt = 'abc'",
+        "UPDATE process SET claim = 'abc'",
+        "UPDATE process SET crashes = 'abc'",
     ],
 )
 def test_a_row_edited_by_hand_stops_only_its_own_process(manager, sql, capsys):
@@ -4904,6 +4926,29 @@ def test_a_row_edited_by_hand_stops_only_its_own_process(manager, sql, capsys):
     assert manager.get_process_status(bad) == "error"
     assert procman.main(["list", "--db", manager.path]) in (0, 5)
     assert capsys.readouterr().err.count("\n") <= 1
+
+
+def test_rows_that_no_runner_can_take_are_left_and_said(manager):
+    for sql in ("due_at = 'soon'", "id = 9223372036854775807"):
+        pid = manager.start_process(steps("steps:nothing"))
+        with contextlib.closing(sqlite3.connect(manager.path)) as db:
+            db.execute(f"UPDATE process SET {sql} WHERE pid = ?", (pid,))
+            db.commit()
+        assert drain(manager) in (0, 1)
+    with pytest.raises(procman.StorageError, match="no room for another id"):
+        manager.start_process(steps("steps:nothing"))
+
+
+def test_a_pid_edited_by_hand_is_no_way_into_a_worker(manager):
+    pid = manager.start_process(steps("steps:nothing"))
+    with contextlib.closing(sqlite3.connect(manager.path)) as db:
+        db.execute("UPDATE process SET pid = 'ab\"c' || substr(pid, 5)")
+        db.commit()
+    good = manager.start_process(steps("steps:nothing"))
+    assert drain(manager) >= 1
+    assert manager.get_process_status(good) == "finished"
+    rows = manager.store.read("SELECT status FROM process WHERE pid <> ?", (good,))
+    assert [row[0] for row in rows] == ["error"] and pid != good
 
 
 @posix
