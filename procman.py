@@ -2257,8 +2257,14 @@ class Store(Database):
         queues: Iterable[str],
         limit: int,
         pid: str | None = None,
+        *,
+        idle: bool = True,
     ) -> list[Held]:
-        """Claim up to `limit` due processes in the order priority, due, id."""
+        """Claim up to `limit` due processes in the order priority, due, id.
+
+        One that has seen a runner die is claimed alone and where a worker is `idle`: if
+        it waited behind others it would be charged for what they do.
+        """
         now = self.now()
         sql = """
             SELECT p.id, p.pid, p.claim, p.attempt, p.crashes, p.step_index,
@@ -2283,8 +2289,9 @@ class Store(Database):
             rows += due[: limit - len(rows)]
             if len(rows) >= limit:
                 break
+        end = next((at for at, row in enumerate(rows) if row["crashes"]), len(rows))
         claims = []
-        for row in rows:
+        for row in rows[: end or int(idle)]:
             columns: Json = {"runner": runner, "claim": _whole(row["claim"]) + 1}
             first = row["started_at"] is None
             columns["started_at"] = now if first else row["started_at"]
@@ -3671,13 +3678,13 @@ class ProcessManager:
 
     def _ring(self, ports: list[int]) -> None:
         """Send each a byte, which may get lost, for they look anyway."""
-        with contextlib.suppress(OSError):
-            if ports and self._socket is None:
-                import socket
+        for port in ports:
+            with contextlib.suppress(OSError):
+                if self._socket is None:
+                    import socket
 
-                self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                self._socket.setblocking(False)
-            for port in ports:
+                    self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                    self._socket.setblocking(False)
                 self._socket.sendto(b"\n", ("127.0.0.1", port))
 
     def close(self) -> None:
@@ -3910,7 +3917,6 @@ class Pool:
         self._directory, self._token, self._hello = directory, token, hello
         self._size, self._wake = size, wake
         self._count = self._failures = 0
-        self._keep_until = 0.0  # monotonic: then what is ready is given back
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add_worker(self) -> WorkerHandle:
@@ -4060,6 +4066,11 @@ class Pool:
             said = said or worker.garbled or f"it ended with {code}"
             self.failure = ProcmanError(f"no worker of {sys.executable} starts: {said}")
 
+    def idle(self) -> bool:
+        """Whether a step could begin at once."""
+        free = any(not worker.held and worker.room() for worker in self.workers)
+        return not self.ready and (free or self.may_spawn() > 0)
+
     def busy(self) -> bool:
         """Whether a step runs or waits in a worker."""
         return any(worker.held for worker in self.workers)
@@ -4084,7 +4095,7 @@ class Pool:
         return max(0, room + self.may_spawn() - len(self.ready))
 
     def hand_over(self) -> None:
-        """Give what is ready to the workers, and in the end back what none can take."""
+        """Give what is ready to the workers, and back what none can begin soon."""
         room = {worker: worker.room() for worker in self.workers}
         while self.ready:
             worker = min(room, key=lambda one: len(one.held), default=None)
@@ -4100,21 +4111,8 @@ class Pool:
             room[worker] = 0 if worker.alone else room[worker] - 1
         for worker in self.workers:
             worker.flush()
-        self._give_back(time.monotonic())
-
-    def _give_back(self, now: float) -> None:
-        """What no worker could take for a while: to be queued again.
-
-        Not at once: it would be claimed again at once, until there is room.
-        """
-        if not self.ready:
-            self._keep_until = 0.0
-        elif not self._keep_until:
-            self._keep_until = now + STALL_SECONDS
-        elif now >= self._keep_until:
-            self._keep_until = 0.0
-            while self.ready:
-                self.add_result(self.ready.popleft(), Outcome("stopped"))
+        while self.ready:
+            self.add_result(self.ready.popleft(), Outcome("stopped"))
 
     def end(
         self, worker: WorkerHandle, why: str, victim: tuple[int, Outcome] | None = None
@@ -4152,8 +4150,6 @@ class Pool:
 
     def moments(self) -> Iterator[float]:
         """When `watch` should be called next, the least of these."""
-        if self.ready:
-            yield self._keep_until
         for worker in self.workers:
             limit, stalls = worker.deadline(), worker.stalls_at()
             if limit is not None:
@@ -4258,6 +4254,7 @@ class Runner:
         self._pool.grace = seconds(grace, "grace")
         self._claimed = self._done = 0
         self._upkeep_after = self._prune_after = 0.0
+        self._claim_after = 0.0  # monotonic: after a claim that found nothing to take
         self._busy_since: float | None = None
         self._stopping = False
         self._called = self._rung = True
@@ -4432,7 +4429,8 @@ class Runner:
         elif self._room():
             due = self._store.next_due(self._queues, self._pid)
             if due is not None:
-                moments.append(max(now + due - self._store.now(), pool.spawn_after))
+                due_at = now + due - self._store.now()
+                moments.append(max(due_at, pool.spawn_after, self._claim_after))
         return min(moments) - now
 
     # --- work --------------------------------------------------------------
@@ -4456,14 +4454,14 @@ class Runner:
         False if the database is busy: then nothing has changed, here or there.
         """
         pool, store = self._pool, self._store
-        room = self._room() if claim else 0
+        room, now = self._room() if claim else 0, time.monotonic()
         if pool.results:
-            ripe = pool.ripe_at() <= time.monotonic()
+            ripe = pool.ripe_at() <= now
         else:
-            ripe = bool(room) and self._is_due()
+            ripe = bool(room) and now >= self._claim_after and self._is_due()
         if not ripe and not pool.progress:
             return True
-        claimed = []
+        claimed, idle = [], pool.idle()
         try:
             # A claim alone need not reach the disk: without it we claim again.
             durable = bool(pool.results)
@@ -4477,7 +4475,8 @@ class Runner:
                 room -= len(going_on)
                 if room > 0:
                     claimed = store.claim_due(
-                        db, self._number, self._queues, room, self._pid
+                        *(db, self._number, self._queues, room, self._pid),
+                        idle=idle,
                     )
         except Busy as error:
             self._note_busy(error)
@@ -4487,6 +4486,7 @@ class Runner:
         pool.ready.extendleft(reversed(going_on))
         pool.ready.extend(claimed)
         self._claimed += len(claimed)
+        self._claim_after = 0.0 if claimed or idle else now + GROUP_SECONDS
         for entry in settled:
             self._note(entry)
         return True
