@@ -2998,12 +2998,9 @@ def _surroundings(order: Mapping[str, Any], context: Context) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        given = (
-            word
-            for name, value in order["args"].items()
-            for word in (f"--{name}", str(value))
-        )
-        sys.argv = [sys.argv[0], *given, *order.get("script_args", ())]
+        given = [(f"--{name}", str(value)) for name, value in order["args"].items()]
+        words = itertools.chain.from_iterable(given)
+        sys.argv = [sys.argv[0], *words, *order.get("script_args", ())]
         _context = context
         yield
     finally:
