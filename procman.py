@@ -57,7 +57,14 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from sqlite3 import Connection, Row
 
 TYPE_CHECKING = False  # as in typing, whose import would cost each start 4 ms
@@ -76,6 +83,7 @@ __all__ = [
     "InterruptingProcessStep",
     "ManagedProcess",
     "NotFound",
+    "NotUnique",
     "ProcessCancelled",
     "ProcessFailed",
     "ProcessInfo",
@@ -109,6 +117,10 @@ GROUP_SIZE = 64  # results that share one commit, and so one fsync
 GROUP_SECONDS = 0.005  # ... and how late that may make the first of them
 AHEAD_SECONDS = 0.02  # a worker is handed at most this much work at once
 STALL_SECONDS = 0.05  # what waits behind a longer step is taken back
+MIN_INTERVAL_SECONDS = 0.05  # from one run of a series to the next, at least
+CLOCK_SECONDS = 1.0  # a clock that goes back further has been set: dues are recounted
+MAX_DEDICATED = 64  # workers of their own that a runner has beside its pool
+WORKER_SECONDS = 60.0  # a worker beyond the least number leaves when idle so long
 MAX_CRASHES = 3  # a process that took so many runners along is an error
 MAX_SPAWN_FAILURES = 5  # workers that never came up, in a row: the runner ends
 MAX_STEPS = 10_000  # of one process
@@ -175,6 +187,15 @@ class WrongState(ProcmanError):
         needs = " or ".join(sources)
         super().__init__(f"cannot {verb} process {pid}: it is {status}, needs {needs}")
         self.pid, self.verb, self.status = pid, verb, status
+
+
+class NotUnique(WrongState):
+    """There is an equal process already: `.pid`, of status `.status`."""
+
+    def __init__(self, pid: str, status: str, reason: str):
+        words = f"nothing started: {reason} {pid}, which is {status}"
+        ProcmanError.__init__(self, words)
+        self.pid, self.verb, self.status = pid, "start", status
 
 
 class StorageError(ProcmanError):
@@ -379,6 +400,11 @@ CANCELLED = "cancelled"
 OPEN_STATES = (QUEUED, RUNNING, INTERRUPTED, WAITING)
 FINAL_STATES = (FINISHED, ERROR, TIMEOUT, CANCELLED)
 STATES = OPEN_STATES + FINAL_STATES
+STATE_GROUPS: dict[str, tuple[str, ...]] = {  # what a filter may name
+    "open": OPEN_STATES,
+    "final": FINAL_STATES,
+    **{state: (state,) for state in STATES},
+}
 
 TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {  # event: (from, to)
     "claim": ((QUEUED,), RUNNING),
@@ -386,9 +412,10 @@ TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {  # event: (from, to)
     "retry": ((RUNNING,), QUEUED),  # attempt + 1, due later
     "recover": ((RUNNING,), QUEUED),  # owner proved dead: crashes + 1
     "interrupt": ((RUNNING,), INTERRUPTED),
+    "pause": ((RUNNING, QUEUED), INTERRUPTED),  # somebody asked for it
     "proceed": ((INTERRUPTED,), QUEUED),
     "finish": ((RUNNING, QUEUED, INTERRUPTED), FINISHED),  # no step left
-    "fail": ((RUNNING,), ERROR),
+    "fail": ((RUNNING, QUEUED), ERROR),  # queued: it can never be due
     "time_out": ((RUNNING,), TIMEOUT),
     "cancel": (OPEN_STATES, CANCELLED),
 }
@@ -411,6 +438,16 @@ def seconds(value: Any, where: str, least: float = 0.0) -> float:
         value = float(match[1]) * _UNITS[match[2]]
     expect(value, where, (int, float), words)
     return float(expect_number(value, where, least, _MAX_LENGTH))
+
+
+def check_concurrency(value: Any, where: str = "concurrency") -> dict[str, int]:
+    """`{name: how many processes of that name may run at once}`."""
+    for name, most in expect_object(value, where).items():
+        expect_text(name, f"a name in {where}")
+        expect_number(most, f"{where}.{quoted(name)}", 1, 2**31)
+    if len(value) > 100:
+        raise BadSpec(f"{where} has more than 100 names")
+    return dict(value)
 
 
 def check_queue(value: Any, where: str = "queue") -> str:
@@ -447,6 +484,24 @@ def _check_timeout(value: Any, where: str) -> float:
     return seconds(value, where, _SHORTEST)
 
 
+def _check_interval(value: Any, where: str) -> float:
+    at_once = value in (-1, "-1") and not isinstance(value, bool)
+    return -1.0 if at_once else seconds(value, where)
+
+
+def _check_flag(value: Any, where: str) -> bool:
+    return bool(expect(value, where, bool, "true or false"))
+
+
+def check_new_pid(value: Any, where: str = "pid") -> str:
+    """`value` if a new process may be named so."""
+    text: str = expect(value, where, str, "a text")
+    if not re.fullmatch(f"[0-9a-f]{{{PID_LENGTH}}}", text):
+        words = f"{PID_LENGTH} lowercase hex digits"
+        raise BadSpec(f"{where} must be {words}, not {quoted(value)}")
+    return str(value)
+
+
 def _no_check(value: Any, where: str) -> Any:
     return value
 
@@ -467,6 +522,17 @@ OPTIONS: dict[str, Option] = {
         None, _no_check, "TIME", "not before: epoch seconds, ISO 8601, 14 digits UTC"
     ),
     "delay": Option(None, seconds, "LENGTH", "not before so long from now"),
+    "interval": Option(
+        None, _check_interval, "LENGTH", "run again so long after; -1: at once"
+    ),
+    "interval_from": Option(
+        "end", _choice("end", "start"), "end|start", "of the run before: what counts"
+    ),
+    # Both read by `next_cron`.
+    "cron": Option(
+        None, expect_text, "TEXT", "run again whenever it says: five fields, @daily"
+    ),
+    "tz": Option("UTC", expect_text, "ZONE", "of cron, as in Europe/Berlin"),
     "timeout": Option(None, _check_timeout, "LENGTH", "end a longer attempt"),
     "retry": Option(0, _between(-1, 2**31), "N", "retries; -1: for ever"),
     "retry_interval": Option(300.0, seconds, "LENGTH", "before the first retry"),
@@ -480,8 +546,19 @@ OPTIONS: dict[str, Option] = {
         "when the runner died in a step",
     ),
     "args": Option({}, _check_arguments, "JSON", "an object; --key value in sys.argv"),
+    "dedicated": Option(False, _check_flag, "", "a worker of its own, beside the pool"),
+    "once": Option(False, _check_flag, "", "an open equal one is returned instead"),
+    "unique": Option(False, _check_flag, "", "an open equal one makes it an error"),
+    "key": Option(None, expect_text, "TEXT", "once; equal is what has this key"),
+    "pid": Option(None, check_new_pid, "PID", "32 hex digits, instead of chance"),
 }
-_DEFINING = ("timeout", "retry", "retry_interval", "backoff", "on_lost", "args")
+_DEFINING = (
+    *("timeout", "retry", "retry_interval", "backoff", "on_lost", "args"),
+    *("interval", "interval_from", "cron", "tz", "once", "unique"),
+)
+_WHEN = ("at", "delay")  # kept too where an equal one is looked for, to compare
+OF_ONE_PROCESS = ("key", "pid")  # no defaults
+EXCLUSIVE = (("at", "delay"), ("interval", "cron"), ("once", "unique"))
 
 
 def check_options(options: Mapping[str, Any]) -> Json:
@@ -493,9 +570,33 @@ def check_options(options: Mapping[str, Any]) -> Json:
             raise BadType(f"unknown option {quoted(name)}; known: {known}")
         if value is not None:
             checked[name] = OPTIONS[name].check(value, name)
-    if "at" in checked and "delay" in checked:
-        raise BadSpec("give one of at and delay, not both")
+    for pair in EXCLUSIVE:
+        if all(checked.get(name, False) is not False for name in pair):
+            raise BadSpec(f"give one of {' and '.join(pair)}, not both")
     return checked
+
+
+def merge_options(defaults: Json, own: Json) -> Json:
+    """The options of a process: its own, else the defaults; a value for each."""
+    options = {**defaults, **own}
+    for pair in EXCLUSIVE:
+        for name, other in (pair, pair[::-1]):
+            if name in own and other not in own:
+                options[other] = OPTIONS[other].default
+    if options["key"] is not None and not options["unique"]:
+        options["once"] = True
+    for name, needs in (("tz", "cron"), ("interval_from", "interval")):
+        if name in own and options[needs] is None:
+            raise BadSpec(f"{name} says nothing without {needs}")
+    return options
+
+
+def check_defaults(options: Mapping[str, Any]) -> Json:
+    """The same, of options for many processes."""
+    for name in OF_ONE_PROCESS:
+        if options.get(name) is not None:
+            raise BadSpec(f"{name} names one process: it cannot be a default")
+    return check_options(options)
 
 
 _REFERENCE = r"(?s)(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.+\.py):[^\W\d][\w.]*"
@@ -619,17 +720,47 @@ class Definition:
         self._orders: dict[int, str] = {}
 
     @staticmethod
-    def text(process: ManagedProcess, options: Json, directory: str) -> str:
-        """The text that is stored; equal processes share one."""
+    def text(steps: str, options: Json, directory: str) -> str:
+        """The text that is stored; equal processes share one.  `steps` is JSON text."""
+        exclusive = options["once"] or options["unique"]
         kept = {
             name: options[name]
-            for name in _DEFINING
+            for name in (*_DEFINING, *(_WHEN if exclusive else ()))
             if options[name] != OPTIONS[name].default
         }
         return (
-            f'{{"steps":{process.text},"options":{to_json(kept, "options")},'
+            f'{{"steps":{steps},"options":{to_json(kept, "options")},'
             f'"directory":{to_json(directory, "the current directory")}}}'
         )
+
+    def repeats(self) -> bool:
+        """Whether a run is followed by another."""
+        return "interval" in self.options or "cron" in self.options
+
+    def exclusive(self) -> bool:
+        """Whether an equal process was looked for when it was started."""
+        return "once" in self.options or "unique" in self.options
+
+    def once_only(self) -> str:
+        """The text of the same, but followed by no other run."""
+        repeating = ("interval", "interval_from", "cron", "tz")
+        options = {name: self.option(name) for name in OPTIONS}
+        options.update((name, OPTIONS[name].default) for name in repeating)
+        return self.text(to_json(dict(self.steps)), options, self.directory)
+
+    def likeness(self, *data: Any) -> bytes:
+        """The same bytes for processes that would do the same, in JSON's eyes.
+
+        Steps have an order, keys have none; 1 is not 1.0.
+        """
+        content = [self.steps, self.directory, *data]
+        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+    def fingerprint(self, data: str) -> str:
+        """What equal processes have in common where no key says so."""
+        import hashlib
+
+        return "=" + hashlib.sha256(self.likeness(json.loads(data))).hexdigest()
 
     def option(self, name: str) -> Any:
         """The value of an option, or its default."""
@@ -666,15 +797,42 @@ class Definition:
         return self._orders[index]
 
 
-class Submission(namedtuple("Submission", "pid definition data options due_at")):
-    """A process that is to be queued, checked: `definition` and `data` are texts."""
+class Submission(
+    namedtuple("Submission", "pid definition data options due_at due_from own once_key")
+):
+    """A process that is to be queued, checked: `definition` and `data` are texts.
+
+    `due_from` is what `due_at` was counted from, None if it is a moment of the
+    calendar; `own` are the options that are not defaults; `once_key` is what equal
+    ones have too, None where it does not matter.
+    """
 
     __slots__ = ()
 
 
+class Demand(
+    namedtuple(
+        "Demand", "queues pid concurrency room dedicated most", defaults=(1, 1, None)
+    )
+):
+    """What a runner would claim now.
+
+    `room` processes for its pool, and `dedicated` that get a worker of their own, from
+    these queues; or only `pid`; `most` in all, None for any.  `concurrency` maps names
+    to how many may run at once.
+    """
+
+    __slots__ = ()
+
+    def kinds(self) -> tuple[tuple[int, int], ...]:
+        """(the column `dedicated`, how many) for both."""
+        return (0, self.room), (1, self.dedicated)
+
+
 class Held(
     namedtuple(
-        "Held", "id pid claim attempt crashes step_index definition data deadline"
+        "Held",
+        "id pid claim attempt crashes step_index definition data deadline dedicated",
     )
 ):
     """A process as it was when this runner claimed it.
@@ -708,6 +866,45 @@ class Settled(namedtuple("Settled", "held outcome event following")):
     """What an outcome has caused; `following` is what is to run now, or None."""
 
     __slots__ = ()
+
+
+_FILTERS: dict[str, Callable[[Any, str], Any]] = {  # of what is listed: their checks
+    "status": _choice(*STATE_GROUPS),
+    "name": expect_text,
+    "queue": expect_text,
+    "since": _no_check,  # read by `parse_since`, which knows calendars
+    "series": expect_text,
+    "parent": expect_text,
+}
+
+
+def check_filters(filters: Mapping[str, Any]) -> Json:
+    """Those that are given; raises BadType for one that does not exist."""
+    for name in filters:
+        if name not in _FILTERS:
+            known = ", ".join(_FILTERS)
+            raise BadType(f"unknown filter {quoted(name)}; known: {known}")
+    return {
+        name: _FILTERS[name](value, name)
+        for name, value in filters.items()
+        if value is not None
+    }
+
+
+def status_after(kind: str) -> str:
+    """The status that an event of this kind leaves."""
+    if kind in TRANSITIONS:
+        return TRANSITIONS[kind][1]
+    return QUEUED if kind == "start" else RUNNING
+
+
+def event_record(row: Mapping[str, Any]) -> Json:
+    """`{number, at, pid, kind, status, detail}` of a row of `event`."""
+    kind, detail = row["kind"], row["detail"]
+    if detail is not None and kind != "step":  # whose detail is the step's name
+        detail = json.loads(detail)
+    found = {name: row[name] for name in ("number", "at", "pid", "kind")}
+    return {**found, "status": status_after(kind), "detail": detail}
 
 
 def make_error(step: str | None, kind: str, message: str, **more: Any) -> Json:
@@ -746,7 +943,7 @@ class ProcessInfo(
         error = json.loads(row["error"]) if row["error"] else None
         states = [FINISHED] * index + [status]
         if status == INTERRUPTED and not error:  # the step before has been run
-            states = [FINISHED] * (index - 1) + [INTERRUPTED]
+            states = [FINISHED] * (index - 1) + [INTERRUPTED] * min(index, 1)
         states += [QUEUED] * len(definition.steps)
         shows_data = status in (FINISHED, INTERRUPTED) and row["data"] is not None
         code = 0 if status == FINISHED else (error or {}).get("exit_code") or 1
@@ -763,9 +960,9 @@ class ProcessInfo(
             queue=row["queue"],
             priority=row["priority"],
             timeout=definition.option("timeout"),
-            parent=None,
+            parent=row["parent_pid"],
             children=None,
-            series=None,
+            series=row["series"],
             exit_code=code if status in FINAL_STATES else None,
         )
 
@@ -818,7 +1015,7 @@ def check_pid(pid: Any) -> str:
 _MAX_GROWN = 86400.0  # seconds
 
 
-def parse_at(value: Any) -> float:
+def parse_at(value: Any, where: str = "at") -> float:
     """Epoch seconds, from a number, ISO 8601 with zone, or 14 digits UTC."""
     import datetime
 
@@ -838,30 +1035,79 @@ def parse_at(value: Any) -> float:
                 when = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
         except (ValueError, OverflowError, OSError):
             raise BadSpec(
-                "at must be epoch seconds, ISO 8601 with a zone or 14 digits UTC,"
-                f" not {quoted(text)}"
+                f"{where} must be epoch seconds, ISO 8601 with a zone or 14 digits"
+                f" UTC, not {quoted(text)}"
             ) from None
         if when.tzinfo is None:
-            raise BadSpec(f"at has no time zone: end {quoted(text)} with Z or +01:00")
+            raise BadSpec(
+                f"{where} has no time zone: end {quoted(text)} with Z or +01:00"
+            )
         moment = when.timestamp()
     else:
-        raise BadType(f"at must be a time, not {type(value).__name__}")
+        raise BadType(f"{where} must be a time, not {type(value).__name__}")
     if not 0 <= moment <= 253402300799:  # the last second with a four-digit year
-        raise BadSpec(f"at must lie between 1970 and 9999, not {quoted(value)}")
+        raise BadSpec(f"{where} must lie between 1970 and 9999, not {quoted(value)}")
     return float(moment)
 
 
-def due_at(options: Mapping[str, Any], now: float) -> float:
-    """From when on a process with these options may be claimed."""
-    if options.get("at") is not None:
-        return parse_at(options["at"])
-    return now + (options.get("delay") or 0)
+def parse_since(value: Any, now: float) -> float:
+    """Epoch seconds, from what `parse_at` reads or a text like `5m`: so long ago."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9.]+[smhdw]\s*", value):
+        return now - seconds(value, "since")
+    return parse_at(value, "since")
 
 
-def retry_delay(attempt: int, interval: float, backoff: float) -> float:
-    """Seconds from the failure of `attempt` to the next; growth ends at a day."""
+def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | None]:
+    """From when on a new process may be claimed, and what that was counted from.
+
+    None: from nothing, it is a moment of the calendar, and stays one whatever becomes
+    of the clock.
+    """
+    at, cron = options["at"], options["cron"]
+    due = now + (options["delay"] or 0) if at is None else parse_at(at)
+    if cron is not None:  # what is due now and then is not due twice
+        waits = at is not None or options["delay"] is not None
+        due = next_cron(cron, due - 0.001 if waits else due, options["tz"])
+    return due, now if at is None else None
+
+
+def successor_due(
+    option: Callable[[str], Any], now: float, due: float, started: float
+) -> float:
+    """When the run after one that has just ended is due: once, whatever was missed.
+
+    `option` gives the options, `due` and `started` are of the run that ended.
+    """
+    if option("cron") is not None:
+        # A clock that is set back by a little makes no second run of the same minute.
+        after = due if now < due <= now + 60 else now
+        return next_cron(option("cron"), after, option("tz"))
+    interval = max(0.0, option("interval"))
+    from_start = option("interval_from") == "start"
+    then = started + interval if from_start else now + interval
+    then = max(now, then, started + MIN_INTERVAL_SECONDS)
+    return min(then, now + max(interval, MIN_INTERVAL_SECONDS))  # a clock set back
+
+
+def counted_anew(
+    option: Callable[[str], Any], row: Mapping[str, Any], now: float
+) -> float:
+    """When what is queued is due by a clock that has been set back to `now`."""
+    if option("cron") is not None and row["started_at"] is None:
+        return next_cron(option("cron"), now, option("tz"))
+    return now + max(0.0, row["due_at"] - row["due_from"])
+
+
+def retry_delay(attempt: int, interval: float, backoff: float, chance: float) -> float:
+    """Seconds from the failure of `attempt` to the next; growth ends at a day.
+
+    What grows gets up to a tenth more by `chance`, from 0 to 1, so that what failed
+    together does not come again together.
+    """
+    if backoff == 1:
+        return interval
     try:
-        grown = interval * backoff ** (attempt - 1)
+        grown = interval * backoff ** (attempt - 1) * (1 + 0.1 * chance)
     except OverflowError:
         grown = _MAX_GROWN if interval else 0.0
     return max(interval, min(_MAX_GROWN, grown))
@@ -880,6 +1126,14 @@ def event_after(ending: str, *, last: bool, retry_left: int) -> str:
         "cancelled": "cancel",
         "stopped": "give_back",
     }[ending]
+
+
+def in_words(length: float) -> str:
+    """A length for people: `42 s`, `5 min`, `3.5 h`, `2.1 days`."""
+    for size, word in ((86400, "days"), (3600, "h")):
+        if length >= 2 * size:
+            return f"{length / size:.1f} {word}"
+    return f"{length / 60:.0f} min" if length >= 120 else f"{length:.0f} s"
 
 
 def poll_delay(waited: float) -> float:
@@ -1095,6 +1349,12 @@ if sys.platform == "win32":
         import signal
 
         return (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM)
+
+    def enable_escapes() -> None:
+        """Have the terminal understand escape sequences."""
+        kernel = _kernel()
+        # STD_OUTPUT_HANDLE; processed output and virtual terminal processing.
+        kernel.SetConsoleMode(kernel.GetStdHandle(-11), 0x0005)
 
 else:
 
@@ -1352,6 +1612,9 @@ else:
 
         return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+    def enable_escapes() -> None:
+        """A terminal understands them."""
+
 
 def end_by_sigterm() -> None:
     """End this process as if it had never handled SIGTERM."""
@@ -1548,13 +1811,30 @@ class OutputFile:
 # of workers, pipes or signals.
 
 APPLICATION_ID = 0x70726D6E  # "prmn", in the header of the file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_INDEXES = (
+    # The name stands in it for those that are passed over: see `Records._full`.
+    """
+    CREATE INDEX process_due
+        ON process (dedicated, priority, queue, due_at, id, name)
+     WHERE status = 'queued'""",
+    """
+    CREATE INDEX process_once ON process (once_key)
+     WHERE once_key IS NOT NULL AND finished_at IS NULL""",
+    "CREATE INDEX process_series ON process (series) WHERE series IS NOT NULL",
+    "CREATE INDEX process_retry ON process (retry_of) WHERE retry_of IS NOT NULL",
+    "CREATE INDEX process_parent ON process (parent) WHERE parent IS NOT NULL",
+    """
+    CREATE INDEX definition_likeness ON definition (likeness)
+     WHERE likeness IS NOT NULL""",
+)
 SCHEMA: tuple[str, ...] = (
     """
     CREATE TABLE definition (       -- what equal processes share
         id   INTEGER PRIMARY KEY AUTOINCREMENT, -- never used again: it is cached
         hash INTEGER NOT NULL,      -- CRC-32 of the text, to find it by
-        text TEXT NOT NULL          -- JSON: steps, options, directory of the caller
+        text TEXT NOT NULL,         -- JSON: steps, options, directory of the caller
+        likeness INTEGER            -- CRC-32 of what once compares, or NULL
     )""",
     "CREATE INDEX definition_hash ON definition (hash)",
     """
@@ -1574,14 +1854,19 @@ SCHEMA: tuple[str, ...] = (
         crashes     INTEGER NOT NULL DEFAULT 0,     -- runners that died with it
         claim       INTEGER NOT NULL DEFAULT 0,     -- fence: grows with every claim
         runner      INTEGER,                        -- who claimed it, while running
-        cancel_requested INTEGER NOT NULL DEFAULT 0, -- a wish to its runner
+        cancel_requested INTEGER NOT NULL DEFAULT 0, -- a wish: 1 this run, 2 its series
         name        TEXT,
         progress    TEXT,                           -- JSON: done, total, message
-        error       TEXT                            -- JSON: the last failure
+        error       TEXT,                           -- JSON: the last failure
+        due_from    REAL,                           -- due_at is so much later; or NULL
+        dedicated   INTEGER NOT NULL DEFAULT 0,     -- has a worker of its own
+        pause_requested INTEGER NOT NULL DEFAULT 0, -- a wish to its runner
+        once_key    TEXT,                           -- equal processes have the same
+        series      TEXT,                           -- pid of the first run
+        retry_of    INTEGER,                        -- id of the process it repeats
+        parent      INTEGER                         -- id of the process it is part of
     )""",
-    """
-    CREATE INDEX process_due ON process (priority, queue, due_at, id)
-     WHERE status = 'queued'""",
+    *_INDEXES,
     # All states but the two in which nearly every process is found.
     """
     CREATE INDEX process_rest ON process (status)
@@ -1624,7 +1909,8 @@ SCHEMA: tuple[str, ...] = (
         started_at REAL NOT NULL,
         queues     TEXT NOT NULL,   -- comma-separated
         waits      INTEGER NOT NULL, -- whether it stays, and so holds the lock for them
-        port       INTEGER          -- of its doorbell: UDP on the loopback
+        port       INTEGER,         -- of its doorbell: UDP on the loopback
+        concurrency TEXT            -- JSON: how many of a name it lets run at once
     )""",
     """
     CREATE TABLE worker (           -- children of a runner that may outlive it
@@ -1634,7 +1920,23 @@ SCHEMA: tuple[str, ...] = (
         token  TEXT NOT NULL        -- in the environment of all that it started
     )""",
 )
-MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version: statements that lead to it
+MIGRATIONS: dict[int, tuple[str, ...]] = {  # version: statements that lead to it
+    2: (
+        "ALTER TABLE definition ADD COLUMN likeness INTEGER",
+        # Nothing new shares those whose likeness is not known.
+        "UPDATE definition SET hash = -1",
+        "ALTER TABLE process ADD COLUMN due_from REAL",
+        "ALTER TABLE process ADD COLUMN dedicated INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE process ADD COLUMN pause_requested INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE process ADD COLUMN once_key TEXT",
+        "ALTER TABLE process ADD COLUMN series TEXT",
+        "ALTER TABLE process ADD COLUMN retry_of INTEGER",
+        "ALTER TABLE process ADD COLUMN parent INTEGER",
+        "ALTER TABLE runner ADD COLUMN concurrency TEXT",
+        "DROP INDEX process_due",
+        *_INDEXES,
+    ),
+}
 
 # These may lose a commit when a checkpoint overlaps a reset of the log
 # (https://sqlite.org/wal.html, "The WAL-Reset Bug"); see `Store.checkpoint`.
@@ -1958,6 +2260,8 @@ class Database:
         return self.read("PRAGMA data_version")[0][0], self._commits
 
 
+WISH_RUN, WISH_SERIES = 1, 2  # values of cancel_requested
+_OPEN = {"status": "open"}  # a filter
 _NUMBERS = ("claim", "attempt", "crashes", "step_index")  # of a row that is claimed
 
 
@@ -1966,79 +2270,16 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
-class Store(Database):
-    """The processes in a database: every read, write and transition.
-
-    A method that takes `db` wants the connection of an open `transaction`.
-    """
+class Records(Database):
+    """What is in a database, to be read."""
 
     def __init__(
         self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
     ):
         super().__init__(path, now=now, create=create)
         self._definitions: dict[int, Definition] = {}  # the last ones read, parsed
-        self._updates: dict[Any, str] = {}  # statements
 
-    # --- entering ----------------------------------------------------------
-
-    def insert(self, db: Connection, submissions: Iterable[Submission]) -> None:
-        """Add queued processes; one without steps is finished at once."""
-        sql = "SELECT coalesce(max(id), 0) + 1 FROM process"
-        first, now = _whole(db.execute(sql).fetchone()[0]), self.now()
-        if not first:
-            raise StorageError(f"the database {self.path} has no room for another id")
-        rows, inputs, stepless = [], [], []
-        numbers: dict[str, int] = {}  # of the definitions
-        for row_id, new in enumerate(submissions, first):
-            text, options = new.definition, new.options
-            number = numbers.get(text)
-            if number is None:
-                number = numbers[text] = self._definition_id(db, text)
-            described = (options["queue"], options["priority"], new.due_at, now)
-            rows.append((row_id, new.pid, number, *described, options["name"]))
-            inputs.append((row_id, new.data))
-            if text.startswith('{"steps":{},'):
-                stepless.append(Move(row_id))
-        sql = """
-            INSERT INTO process (id, pid, definition, status,
-                                 queue, priority, due_at, created_at, name)
-            VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)"""
-        db.executemany(sql, rows)
-        db.executemany("INSERT INTO data VALUES (?, 0, ?)", inputs)
-        self._add_events(db, "start", [(row_id, None) for row_id, _ in inputs])
-        self.transition(db, "finish", *stepless)
-
-    def insert_with(self, connection: Connection, new: Submission) -> None:
-        """The same, in a transaction of somebody else's connection to this database."""
-        self.version()  # opens it, which makes the schema
-        factory, connection.row_factory = connection.row_factory, None
-        try:
-            self.check_identity()
-            files = [row[2] for row in connection.execute("PRAGMA database_list")]
-            if not any(file and os.path.samefile(file, self.path) for file in files):
-                raise StorageError(f"the connection given is not to {self.path}")
-            if not connection.in_transaction:
-                raise ProcmanError(
-                    "the connection given has no open transaction: BEGIN"
-                )
-            self.insert(connection, [new])
-        finally:
-            connection.row_factory = factory
-
-    @staticmethod
-    def _definition_id(db: Connection, text: str) -> int:
-        """The number of this definition, which is added if it is new."""
-        import zlib
-
-        crc = zlib.crc32(text.encode())
-        sql = "SELECT id FROM definition WHERE hash = ? AND text = ?"
-        row = db.execute(sql, (crc, text)).fetchone()
-        if row is None:
-            db.execute("INSERT INTO definition (hash, text) VALUES (?, ?)", (crc, text))
-            row = db.execute("SELECT last_insert_rowid()").fetchone()
-        return int(row[0])
-
-    # --- reading -----------------------------------------------------------
+    # --- one process -------------------------------------------------------
 
     def definition(self, number: int) -> Definition:
         """The parsed definition; the last few hundred are kept."""
@@ -2090,7 +2331,10 @@ class Store(Database):
         return found
 
     _SHOWN = """
-        SELECT process.*, data.data FROM process
+        SELECT process.*, data.data,
+               (SELECT above.pid FROM process AS above
+                 WHERE above.id = process.parent) AS parent_pid
+          FROM process
           LEFT JOIN data ON data.process = process.id
            AND data.step_index = process.step_index
            AND process.status IN ('finished', 'interrupted')"""
@@ -2119,56 +2363,6 @@ class Store(Database):
             raise StorageError(
                 f"the database {self.path} has been changed by hand: {error}"
             ) from error
-
-    @staticmethod
-    def _filter(
-        status: str | None, name: str | None, queue: str | None
-    ) -> tuple[str, list[Any]]:
-        """A WHERE clause; states stand in it as text, so that their index serves."""
-        groups = {
-            "open": OPEN_STATES,
-            "final": FINAL_STATES,
-            **{state: (state,) for state in STATES},
-        }
-        if status is not None and status not in groups:
-            raise BadSpec(f"status must be one of {', '.join(groups)}, not {status!r}")
-        terms, parameters = ["1"], []
-        if status:
-            alternatives = (f"process.status = '{word}'" for word in groups[status])
-            terms.append("(" + " OR ".join(alternatives) + ")")
-        for column, value in (("name", name), ("queue", queue)):
-            if value is not None:
-                expect_text(value, column)
-                terms.append(f"process.{column} = ?")
-                parameters.append(value)
-        return "WHERE " + " AND ".join(terms), parameters
-
-    def select(
-        self,
-        *,
-        status: str | None = None,
-        name: str | None = None,
-        queue: str | None = None,
-        limit: int = 50,
-        offset: int = 0,
-    ) -> list[ProcessInfo]:
-        """Records, newest first; `status` may also be open or final."""
-        where, parameters = self._filter(status, name, queue)
-        return self._infos(
-            f"{where} ORDER BY process.id DESC LIMIT ? OFFSET ?",
-            (*parameters, limit, offset),
-        )
-
-    def count(
-        self,
-        *,
-        status: str | None = None,
-        name: str | None = None,
-        queue: str | None = None,
-    ) -> int:
-        """How many processes there are."""
-        where, parameters = self._filter(status, name, queue)
-        return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
 
     def output(self, pid: str, skip: int = 0) -> tuple[bytes, int]:
         """What a process has printed after so many bytes, and how many there are.
@@ -2202,6 +2396,111 @@ class Store(Database):
                         return printed
         return Printed()
 
+    # --- many --------------------------------------------------------------
+
+    def _filter(self, filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+        """A WHERE clause; states stand in it as text, so that their index serves."""
+        given = check_filters(filters)
+        terms, parameters = ["1"], []
+        if "status" in given:
+            words = STATE_GROUPS[given["status"]]
+            alternatives = (f"process.status = '{word}'" for word in words)
+            terms.append("(" + " OR ".join(alternatives) + ")")
+        for column in ("name", "queue"):
+            if column in given:
+                terms.append(f"process.{column} = ?")
+                parameters.append(given[column])
+        if "since" in given:
+            terms.append("coalesce(process.finished_at, process.created_at) >= ?")
+            parameters.append(parse_since(given["since"], self.now()))
+        if "series" in given:
+            terms.append("(process.series = ? OR process.pid = ?)")
+            parameters += [self._series_of(given["series"])] * 2
+        if "parent" in given:
+            terms.append("process.parent = ?")
+            parameters.append(self.find(given["parent"])["id"])
+        return "WHERE " + " AND ".join(terms), parameters
+
+    def _series_of(self, pid: str) -> str:
+        """The series that a pid is of, which may have lost its first run."""
+        try:
+            row = self.find(pid)
+        except NotFound:
+            sql = "SELECT 1 FROM process WHERE series = ? LIMIT 1"
+            if not self.read(sql, (pid,)):
+                raise
+            return pid
+        return str(row["series"] or row["pid"])
+
+    _ORDERS = {  # noqa: RUF012
+        "newest": "process.id DESC",
+        "oldest": "process.id",
+        "due": "process.due_at, process.id",
+        "ended": "process.finished_at DESC, process.id DESC",
+    }
+
+    def select(
+        self, filters: Mapping[str, Any], *, order: str, limit: int, offset: int
+    ) -> list[ProcessInfo]:
+        """Records of those that pass the filters (`check_filters`)."""
+        if order not in self._ORDERS:
+            known = ", ".join(self._ORDERS)
+            raise BadSpec(f"order must be one of {known}, not {quoted(order)}")
+        where, parameters = self._filter(filters)
+        return self._infos(
+            f"{where} ORDER BY {self._ORDERS[order]} LIMIT ? OFFSET ?",
+            (*parameters, limit, offset),
+        )
+
+    def count(self, filters: Mapping[str, Any]) -> int:
+        """How many processes pass the filters."""
+        where, parameters = self._filter(filters)
+        return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
+
+    def failed(self, filters: Mapping[str, Any]) -> list[str]:
+        """Pids of those that ended as error or timeout and were not retried."""
+        where, parameters = self._filter(filters)
+        rows = self.read(
+            f"""
+            SELECT pid FROM process {where}
+               AND (process.status = 'error' OR process.status = 'timeout')
+               AND NOT EXISTS
+                   (SELECT 1 FROM process AS again WHERE again.retry_of = process.id)
+             ORDER BY process.id""",
+            parameters,
+        )
+        return [row[0] for row in rows]
+
+    def last_event(self) -> int:
+        """The number of the newest event."""
+        sql = "SELECT coalesce(max(number), 0) FROM event"
+        return int(self.read(sql)[0][0])
+
+    def events(
+        self, after: int, pid: str | None = None, kinds: Iterable[str] | None = None
+    ) -> list[Json]:
+        """The next few hundred events after this number, of one process or of all.
+
+        `{number, at, pid, kind, status, detail}`; `status`: the one after it.
+        """
+        terms, parameters = ["event.number > ?"], [after]  # type: list[str], list[Any]
+        if pid is not None:
+            terms.append("event.process = (SELECT id FROM process WHERE pid = ?)")
+            parameters.append(pid)
+        if kinds is not None:
+            parameters += (found := list(kinds))
+            terms.append(f"event.kind IN ({', '.join('?' * len(found))})")
+        rows = self.read(
+            f"""
+            SELECT event.*, process.pid FROM event
+              JOIN process ON process.id = event.process
+             WHERE {" AND ".join(terms)} ORDER BY event.number LIMIT 500""",
+            parameters,
+        )
+        return [event_record(row) for row in rows]
+
+    # --- runners -----------------------------------------------------------
+
     def bells(self) -> list[int]:
         """The ports on which the registered runners are to be rung."""
         rows = self.read("SELECT port FROM runner WHERE port IS NOT NULL")
@@ -2211,94 +2510,395 @@ class Store(Database):
         """All that are registered, alive or not."""
         return self.read("SELECT * FROM runner ORDER BY id")
 
-    # --- claiming ----------------------------------------------------------
+    def runner_states(self) -> list[Json]:
+        """What there is to know of each; alive is who holds the lock of its life."""
+        return [self._runner_state(row) for row in self.runners()]
 
-    def next_due(self, queues: Iterable[str], pid: str | None = None) -> float | None:
-        """When the next queued process is due, None if there is none.
+    def _runner_state(self, row: Row) -> Json:
+        path = os.path.join(self.run_directory, row["token"] + ".lock")
+        life = LockFile(path)
+        dead = life.acquire()
+        life.release()
+        return {
+            "os_pid": row["os_pid"],
+            "alive": not dead,
+            "waits": bool(row["waits"]),
+            "queues": row["queues"].split(","),
+            "concurrency": json.loads(row["concurrency"] or "{}"),
+            "started_at": timestamp(row["started_at"]),
+        }
 
-        With `pid` only that one counts, and it is due now.
+    def why(self, pid: str) -> str:
+        """One sentence on what holds a process up, by the conditions of the claim."""
+        row = self.find(pid)
+        status, error = row["status"], json.loads(row["error"] or "{}")
+        step = quoted(self.definition(row["definition"]).step_name(row["step_index"]))
+        if status in FINAL_STATES:
+            at = f"it ended as {status} at {timestamp(row['finished_at'])} UTC"
+            return at + (f": {error['message']}" if error else "")
+        if status == RUNNING and row["cancel_requested"]:
+            return "it is being cancelled: its runner ends what it has started"
+        if status == RUNNING:
+            return f"it is running: step {step}, attempt {row['attempt']}"
+        if status == WAITING:
+            sql = """
+                SELECT count(*) FROM process
+                 WHERE parent = ? AND finished_at IS NULL"""
+            return f"it waits for {self.read(sql, (row['id'],))[0][0]} children"
+        if status == INTERRUPTED:
+            said = f", because {error['message']}" if error else ""
+            return f"it is interrupted before step {step}{said}: proceed continues it"
+        return self._why_queued(row)
+
+    def _why_queued(self, row: Row) -> str:
+        now, queue = self.now(), quoted(row["queue"])
+        if row["due_at"] > now:
+            at = timestamp(row["due_at"])
+            words = f"it is due at {at} UTC, in {in_words(row['due_at'] - now)}"
+            return words + (f": attempt {row['attempt']}" if row["attempt"] > 1 else "")
+        serving = [
+            state
+            for state in self.runner_states()
+            if state["alive"] and row["queue"] in state["queues"]
+        ]
+        if not serving:
+            return f"no runner serves queue {queue}: start one that does"
+        limits = [state["concurrency"].get(row["name"], 2**31) for state in serving]
+        most = max(limits)
+        if self._full({row["name"]: most}):
+            return f"as many named {quoted(row['name'])} run as may at once, {most}"
+        ahead = self.read(
+            """
+            SELECT count(*) FROM process
+             WHERE status = 'queued' AND dedicated = ? AND queue = ? AND due_at <= ?
+               AND (priority > ?
+                    OR (priority = ? AND (due_at < ? OR (due_at = ? AND id < ?))))""",
+            (
+                *(row["dedicated"], row["queue"], now),
+                *(row["priority"], row["priority"]),
+                *(row["due_at"], row["due_at"], row["id"]),
+            ),
+        )[0][0]
+        if ahead:
+            return f"{ahead} ahead of it in queue {queue}, and all workers are busy"
+        return f"it is the next in queue {queue}, as soon as a worker is free"
+
+    # --- what is due -------------------------------------------------------
+
+    def next_due(self, demand: Demand) -> float | None:
+        """When the next process that a runner would claim is due, None if none is.
+
+        With `demand.pid` only that one counts, and it is due now.
         """
-        if pid is not None:
+        if demand.pid is not None:
             sql = "SELECT 0.0 FROM process WHERE pid = ? AND status = 'queued'"
-            return next((row[0] for row in self.read(sql, (pid,))), None)
+            return next((row[0] for row in self.read(sql, (demand.pid,))), None)
+        clause, names = self._not(self._full(demand.concurrency))
         firsts = [
             row[0]
-            for priority in self._priorities()
-            for queue in queues
+            for dedicated, room in demand.kinds()
+            for priority in (self._priorities(dedicated) if room > 0 else ())
+            for queue in demand.queues
             for row in self.read(
-                """
-                SELECT min(due_at) FROM process
-                 WHERE status = 'queued' AND priority = ? AND queue = ?
-                   AND due_at < 1e15""",
-                (priority, queue),
+                f"""
+                SELECT min(due_at) FROM process AS p
+                 WHERE p.status = 'queued' AND p.dedicated = ? AND p.priority = ?
+                   AND p.queue = ? AND p.due_at < 1e15 {clause}""",
+                (dedicated, priority, queue, *names),
             )
             if row[0] is not None
         ]
         return min(firsts, default=None)
 
-    def _priorities(self) -> Iterator[int]:
+    def _priorities(self, dedicated: int) -> Iterator[int]:
         """Those of queued processes, highest first: one look into the index each."""
         below = 2**63 - 1
         while True:
             below = self.read(
                 """
                 SELECT max(priority) FROM process
-                 WHERE status = 'queued' AND priority < ?""",
-                (below,),
+                 WHERE status = 'queued' AND dedicated = ? AND priority < ?""",
+                (dedicated, below),
             )[0][0]
             if below is None:
                 return
             yield below
 
+    def _left(self, concurrency: Mapping[str, int]) -> dict[str, int]:
+        """How many more processes of each limited name may run."""
+        if not concurrency:
+            return {}
+        marks = ", ".join("?" * len(concurrency))
+        rows = self.read(
+            f"""
+            SELECT name, count(*) FROM process
+             WHERE status = 'running' AND name IN ({marks}) GROUP BY name""",
+            list(concurrency),
+        )
+        running = dict(map(tuple, rows))
+        return {name: most - running.get(name, 0) for name, most in concurrency.items()}
+
+    def _full(self, concurrency: Mapping[str, int]) -> list[str]:
+        """The names of which as many run as may."""
+        return [name for name, left in self._left(concurrency).items() if left <= 0]
+
+    @staticmethod
+    def _not(names: Sequence[str]) -> tuple[str, Sequence[str]]:
+        """A condition on `p` that leaves these names out, and its parameters."""
+        if not names:
+            return "", ()
+        marks = ", ".join("?" * len(names))
+        return f"AND (p.name IS NULL OR p.name NOT IN ({marks}))", names
+
+
+class Store(Records):
+    """The processes in a database: every write and transition.
+
+    A method that takes `db` wants the connection of an open `transaction`.
+    """
+
+    def __init__(
+        self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
+    ):
+        super().__init__(path, now=now, create=create)
+        self._updates: dict[Any, str] = {}  # statements
+
+    # --- entering ----------------------------------------------------------
+
+    def insert(self, db: Connection, submissions: Iterable[Submission]) -> list[str]:
+        """Add queued processes; return their pids, or those of equal ones instead.
+
+        One without steps is finished at once.  Raises NotUnique.
+        """
+        pids: list[str] = []
+        waiting: list[Submission] = []
+        for new in submissions:
+            found = None
+            if new.once_key is not None or new.options["pid"] is not None:
+                self._insert_new(db, waiting)  # it may be equal to one of these
+                waiting = []
+                found = self._equal(db, new)
+            if found is None:
+                waiting.append(new)
+            pids.append(found or new.pid)
+        self._insert_new(db, waiting)
+        return pids
+
+    def _insert_new(self, db: Connection, submissions: list[Submission]) -> None:
+        sql = "SELECT coalesce(max(id), 0) + 1 FROM process"
+        first, now = _whole(db.execute(sql).fetchone()[0]), self.now()
+        if not first:
+            raise StorageError(f"the database {self.path} has no room for another id")
+        rows, inputs, stepless = [], [], []
+        numbers: dict[str, tuple[int, bool]] = {}  # of definitions; whether they repeat
+        for row_id, new in enumerate(submissions, first):
+            text, options = new.definition, new.options
+            if text not in numbers:
+                repeats = Definition(text).repeats()
+                numbers[text] = self._definition_id(db, text), repeats
+            number, repeats = numbers[text]
+            described = (options["queue"], options["priority"], new.due_at, now)
+            more = (new.due_from, options["dedicated"], new.once_key)
+            series = new.pid if repeats else None
+            key = (row_id, new.pid, number)
+            rows.append((*key, *described, options["name"], *more, series))
+            inputs.append((row_id, new.data))
+            if text.startswith('{"steps":{},'):
+                stepless.append(Move(row_id))
+        sql = """
+            INSERT INTO process (id, pid, definition, status, queue, priority,
+                                 due_at, created_at, name, due_from, dedicated,
+                                 once_key, series)
+            VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        db.executemany(sql, rows)
+        db.executemany("INSERT INTO data VALUES (?, 0, ?)", inputs)
+        self._add_events(db, "start", [(row_id, None) for row_id, _ in inputs])
+        self.transition(db, "finish", *stepless)
+
+    def insert_with(self, connection: Connection, new: Submission) -> str:
+        """The same, in a transaction of somebody else's connection to this database."""
+        self.version()  # opens it, which makes the schema
+        factory, connection.row_factory = connection.row_factory, Row
+        try:
+            self.check_identity()
+            files = [row[2] for row in connection.execute("PRAGMA database_list")]
+            if not any(file and os.path.samefile(file, self.path) for file in files):
+                raise StorageError(f"the connection given is not to {self.path}")
+            if not connection.in_transaction:
+                raise ProcmanError(
+                    "the connection given has no open transaction: BEGIN"
+                )
+            return self.insert(connection, [new])[0]
+        finally:
+            connection.row_factory = factory
+
+    @staticmethod
+    def _definition_id(db: Connection, text: str) -> int:
+        """The number of this definition, which is added if it is new."""
+        import zlib
+
+        crc = zlib.crc32(text.encode())
+        sql = "SELECT id FROM definition WHERE hash = ? AND text = ?"
+        row = db.execute(sql, (crc, text)).fetchone()
+        if row is None:
+            definition, likeness = Definition(text), None
+            if not definition.exclusive():
+                likeness = zlib.crc32(definition.likeness())
+            sql = "INSERT INTO definition (hash, text, likeness) VALUES (?, ?, ?)"
+            db.execute(sql, (crc, text, likeness))
+            row = db.execute("SELECT last_insert_rowid()").fetchone()
+        return int(row[0])
+
+    # --- equal processes ---------------------------------------------------
+
+    def _equal(self, db: Connection, new: Submission) -> str | None:
+        """The pid of an open process to be used instead of a new one, or None.
+
+        One that was started with other options is cancelled: the new one replaces it.
+        """
+        row = None
+        if new.once_key is not None:
+            row = self._with_key(db, new.once_key)
+            if row is None and new.options["key"] is None:
+                row = self._plain_equal(db, new)
+        if row is not None and new.options["unique"]:
+            raise NotUnique(row["pid"], row["status"], "not unique, equal to process")
+        if row is not None and not self._differs(row, new):
+            return str(row["pid"])
+        if row is not None:
+            self._cancel(db, row, WISH_SERIES)
+        sql = "SELECT pid, status FROM process WHERE pid = ?"
+        taken = db.execute(sql, (new.pid,)).fetchone()
+        if taken is not None:
+            raise NotUnique(*taken, "there is a process")
+        return None
+
+    @staticmethod
+    def _with_key(db: Connection, once_key: str) -> Row | None:
+        """The open process with this key, less what is about to be cancelled."""
+        sql = """
+            SELECT process.*, definition.text FROM process
+              JOIN definition ON definition.id = process.definition
+             WHERE once_key = ? AND finished_at IS NULL AND NOT cancel_requested
+             ORDER BY process.id DESC LIMIT 1"""
+        row: Row | None = db.execute(sql, (once_key,)).fetchone()
+        return row
+
+    def _plain_equal(self, db: Connection, new: Submission) -> Row | None:
+        """The same among those that were started without once, unique and key.
+
+        These have no key of their own, which would cost each of them an index entry:
+        they are found by their steps, and then compared.
+        """
+        import zlib
+
+        crc = zlib.crc32(Definition(new.definition).likeness())
+        rows = db.execute(
+            """
+            SELECT process.*, definition.text, data.data FROM definition
+             CROSS JOIN process ON process.definition = definition.id
+             CROSS JOIN data ON data.process = process.id AND data.step_index = 0
+             WHERE definition.likeness = ? AND process.finished_at IS NULL
+               AND NOT process.cancel_requested
+             ORDER BY process.id DESC""",
+            (crc,),
+        )
+        for row in rows:
+            if Definition(row["text"]).fingerprint(row["data"]) == new.once_key:
+                found: Row = row
+                return found
+        return None
+
+    @staticmethod
+    def _differs(row: Row, new: Submission) -> bool:
+        """Whether a process has other options than those submitted now."""
+        definition = Definition(row["text"])
+        for name, value in new.own.items():
+            if name in ("once", "unique", "key", "pid"):
+                continue
+            columns = ("name", "queue", "priority", "dedicated")
+            given = row[name] if name in columns else definition.option(name)
+            if given != value:
+                return True
+        return False
+
+    # --- claiming ----------------------------------------------------------
+
     def claim_due(
-        self,
-        db: Connection,
-        runner: int,
-        queues: Iterable[str],
-        limit: int,
-        pid: str | None = None,
-        *,
-        idle: bool = True,
+        self, db: Connection, runner: int, demand: Demand, *, idle: bool = True
     ) -> list[Held]:
-        """Claim up to `limit` due processes in the order priority, due, id.
+        """Claim due processes, as many as are wanted, in the order priority, due, id.
 
         One that has seen a runner die is claimed alone and where a worker is `idle`: if
         it waited behind others it would be charged for what they do.
         """
-        now = self.now()
-        sql = """
-            SELECT p.id, p.pid, p.claim, p.attempt, p.crashes, p.step_index,
-                   p.definition, p.started_at, p.due_at, data.data
-              FROM process AS p
-              LEFT JOIN data
-                ON data.process = p.id AND data.step_index = p.step_index
-             WHERE p.status = 'queued'"""
-        rows: list[Row] = []
-        if pid is not None:
-            rows = db.execute(f"{sql} AND p.pid = ?", (pid,)).fetchall()
-        for priority in self._priorities() if pid is None else ():
-            due: list[Row] = []
-            for queue in queues:
-                due += db.execute(
-                    f"""{sql} AND p.priority = ? AND p.queue = ? AND p.due_at <= ?
-                    ORDER BY p.due_at, p.id LIMIT ?""",
-                    (priority, queue, now, limit - len(rows)),
-                ).fetchall()
-            if len(due) > 1:
-                due.sort(key=lambda row: (row["due_at"], row["id"]))
-            rows += due[: limit - len(rows)]
-            if len(rows) >= limit:
-                break
+        left = self._left(demand.concurrency)
+        rows, own = (
+            self._allowed(self._due(db, demand, dedicated, room, left), left)
+            for dedicated, room in demand.kinds()
+        )
         end = next((at for at, row in enumerate(rows) if row["crashes"]), len(rows))
-        claims = []
-        for row in rows[: end or int(idle)]:
+        claims, now = [], self.now()
+        for row in (*rows[: end or int(idle)], *own)[: demand.most]:
             columns: Json = {"runner": runner, "claim": _whole(row["claim"]) + 1}
             first = row["started_at"] is None
             columns["started_at"] = now if first else row["started_at"]
             claims.append(Move(row["id"], columns))
         moved = self.transition(db, "claim", *claims)
-        held = (self._hold(db, row) for row in rows if row["id"] in moved)
+        held = (self._hold(db, row) for row in (*rows, *own) if row["id"] in moved)
         return [one for one in held if one is not None]
+
+    def _due(
+        self,
+        db: Connection,
+        demand: Demand,
+        dedicated: int,
+        room: int,
+        left: Mapping[str, int],
+    ) -> list[Row]:
+        """The first rows that are due, less those of names of which enough run."""
+        if room < 1:
+            return []
+        sql = """
+            SELECT p.id, p.pid, p.claim, p.attempt, p.crashes, p.step_index, p.name,
+                   p.definition, p.started_at, p.due_at, p.dedicated, data.data
+              FROM process AS p
+              LEFT JOIN data
+                ON data.process = p.id AND data.step_index = p.step_index
+             WHERE p.status = 'queued'"""
+        if demand.pid is not None:  # whatever it is
+            sql += " AND p.pid = ? AND p.dedicated = ?"
+            return db.execute(sql, (demand.pid, dedicated)).fetchall()
+        clause, names = self._not([name for name in left if left[name] <= 0])
+        now = self.now()
+        rows: list[Row] = []
+        for priority in self._priorities(dedicated):
+            due: list[Row] = []
+            for queue in demand.queues:
+                due += db.execute(
+                    f"""{sql} AND p.dedicated = ? AND p.priority = ? AND p.queue = ?
+                    AND p.due_at <= ? {clause} ORDER BY p.due_at, p.id LIMIT ?""",
+                    (dedicated, priority, queue, now, *names, room - len(rows)),
+                ).fetchall()
+            if len(due) > 1:
+                due.sort(key=lambda row: (row["due_at"], row["id"]))
+            rows += due[: room - len(rows)]
+            if len(rows) >= room:
+                break
+        return rows
+
+    @staticmethod
+    def _allowed(rows: list[Row], left: dict[str, int]) -> list[Row]:
+        """Those that may run at once with what runs; `left` is counted down."""
+        if not left:
+            return rows
+        allowed = []
+        for row in rows:
+            if left.get(row["name"], 1) > 0:
+                allowed.append(row)
+                if row["name"] in left:
+                    left[row["name"]] -= 1
+        return allowed
 
     def _hold(self, db: Connection, row: Row) -> Held | None:
         """What was claimed; None where its rows are damaged, which is its error."""
@@ -2328,6 +2928,7 @@ class Store(Database):
             definition,
             row["data"],
             None if timeout is None else time.monotonic() + timeout,
+            bool(row["dedicated"]),
         )
 
     # --- recording ---------------------------------------------------------
@@ -2359,21 +2960,34 @@ class Store(Database):
         """The same for results that change the same columns."""
         moves = [Move(held.id, columns, held.claim) for held, _, columns in group]
         if event == "step":
-            details = [held.definition.step_name(held.step_index) for held, *_ in group]
-            moved = self._move(db, event, (RUNNING,), moves, details)
+            names = [held.definition.step_name(held.step_index) for held, *_ in group]
+            moved = self._move(db, event, (RUNNING,), moves, names)
         else:
-            moved = self.transition(db, event, *moves)
+            details = [self._detail(outcome) for _, outcome, _ in group]
+            moved = self.transition(db, event, *moves, details=details)
         kept = [entry for entry in group if entry[0].id in moved]
         settled = self._keep_results(db, event, kept)
-        for held, outcome, _ in group:
-            if held.id in moved:
-                continue
-            if event == "cancel":  # somebody else's by now
-                settled.append(Settled(held, outcome, "lost", None))
-            else:  # a cancel may have come between
-                cancelled = Outcome("cancelled", printed=outcome.printed)
-                settled += self.record(db, [(held, cancelled)])
+        for entry in group:
+            if entry[0].id not in moved:
+                settled += self._record_wish(db, event, *entry)
         return settled
+
+    def _record_wish(
+        self, db: Connection, event: str, held: Held, outcome: Outcome, columns: Json
+    ) -> list[Settled]:
+        """What becomes of a result that a wish or a fence has kept out."""
+        sql = """
+            SELECT cancel_requested FROM process
+             WHERE id = ? AND claim = ? AND status = 'running'"""
+        row = db.execute(sql, (held.id, held.claim)).fetchone()
+        if row is None or event in ("cancel", "pause"):  # somebody else's by now
+            return [Settled(held, outcome, "lost", None)]
+        if row["cancel_requested"]:
+            return self.record(
+                db, [(held, Outcome("cancelled", printed=outcome.printed))]
+            )
+        columns = {**columns, "runner": None, "pause_requested": 0}
+        return self._record_alike(db, "pause", [(held, outcome, columns)])
 
     def _keep_results(
         self, db: Connection, event: str, group: list[tuple[Held, Outcome, Json]]
@@ -2397,6 +3011,14 @@ class Store(Database):
         db.executemany("INSERT OR REPLACE INTO data VALUES (?, ?, ?)", inputs)
         return settled
 
+    @staticmethod
+    def _detail(outcome: Outcome) -> str | None:
+        """What an event says of a failure."""
+        error = outcome.error
+        if error is None:
+            return None
+        return to_json({name: error.get(name) for name in ("step", "type", "message")})
+
     def _columns_after(self, event: str, held: Held, outcome: Outcome) -> Json:
         """What changes beside the status."""
         columns: Json = {}
@@ -2407,11 +3029,12 @@ class Store(Database):
         if event != "step":
             columns["runner"] = None
         if event == "retry":
-            options = held.definition.option
-            columns["attempt"] = held.attempt + 1
-            columns["due_at"] = self.now() + retry_delay(
-                held.attempt, options("retry_interval"), options("backoff")
+            option, now = held.definition.option, self.now()
+            length = retry_delay(
+                held.attempt, option("retry_interval"), option("backoff"), jitter()
             )
+            columns["attempt"] = held.attempt + 1
+            columns.update(due_at=now + length, due_from=now)
         return columns
 
     def record_progress(self, db: Connection, held: Held, progress: Json) -> None:
@@ -2420,18 +3043,54 @@ class Store(Database):
         move = Move(held.id, {"progress": text}, held.claim)
         self._move(db, "progress", (RUNNING,), [move], [text])
 
+    # --- verbs -------------------------------------------------------------
+
     def cancel(self, db: Connection, pid: str) -> str:
         """Cancel a process, or leave its runner the wish; return the pid.
 
         A second cancel is fine; WrongState for one that ended otherwise.
         """
         row = self.find(pid)
+        if row["status"] != CANCELLED:
+            wish = WISH_SERIES if row["status"] == QUEUED else WISH_RUN
+            self._cancel(db, row, wish)
+        return str(row["pid"])
+
+    def _cancel(self, db: Connection, row: Row, wish: int) -> None:
         if row["status"] == RUNNING:
-            sql = "UPDATE process SET cancel_requested = 1 WHERE id = ?"
+            sql = """
+                UPDATE process SET cancel_requested = max(cancel_requested, ?)
+                 WHERE id = ?"""
+            db.execute(sql, (wish, row["id"]))
+            return
+        move = Move(row["id"], {"cancel_requested": wish})
+        if not self.transition(db, "cancel", move):
+            raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
+
+    def cancel_some(self, db: Connection, filters: Mapping[str, Any]) -> list[str]:
+        """Cancel the first few hundred that pass and are open, and end their series."""
+        where, parameters = self._filter({**_OPEN, **check_filters(filters)})
+        rows = db.execute(
+            f"""
+            SELECT * FROM process {where}
+               AND process.finished_at IS NULL AND cancel_requested < {WISH_SERIES}
+             ORDER BY id LIMIT 500""",
+            parameters,
+        ).fetchall()
+        for row in rows:
+            self._cancel(db, row, WISH_SERIES)
+        return [row["pid"] for row in rows]
+
+    def pause(self, db: Connection, pid: str) -> str:
+        """Interrupt a queued process, or leave its runner the wish; return the pid."""
+        row = self.find(pid)
+        if row["status"] == RUNNING and not row["cancel_requested"]:
+            sql = "UPDATE process SET pause_requested = 1 WHERE id = ?"
             db.execute(sql, (row["id"],))
-        elif row["status"] != CANCELLED:
-            if not self.transition(db, "cancel", Move(row["id"])):
-                raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
+        elif row["status"] == QUEUED:
+            self.transition(db, "pause", Move(row["id"]))
+        elif row["status"] != INTERRUPTED:
+            raise WrongState(row["pid"], "pause", row["status"], (QUEUED, RUNNING))
         return str(row["pid"])
 
     def proceed(self, db: Connection, pid: str, data: Json) -> str:
@@ -2441,19 +3100,108 @@ class Store(Database):
             sources = TRANSITIONS["proceed"][0]
             raise WrongState(row["pid"], "proceed", row["status"], sources)
         key = (row["id"], row["step_index"])
-        sql = "SELECT data FROM data WHERE process = ? AND step_index = ?"
-        merged = {**json.loads(db.execute(sql, key).fetchone()[0]), **data}
+        merged = {**(self._input(db, *key) or {}), **data}
         sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
         db.execute(sql, (to_json(merged), *key))
         if row["step_index"] == len(self.definition(row["definition"]).steps):
             self.transition(db, "finish", Move(row["id"]))
         else:
             now = self.now()
-            first = self.next_due([row["queue"]])
+            first = self.next_due(Demand([row["queue"]], None, {}))
             due = now if first is None else min(now, first - 0.001)
-            columns = {"due_at": due, "error": None}
+            columns = {"due_at": due, "due_from": now, "error": None}
+            columns["pause_requested"] = 0
             self.transition(db, "proceed", Move(row["id"], columns))
         return str(row["pid"])
+
+    @staticmethod
+    def _input(db: Connection, row_id: int, index: int) -> Json | None:
+        """The recorded input of a step, None if it was never reached."""
+        sql = "SELECT data FROM data WHERE process = ? AND step_index = ?"
+        row = db.execute(sql, (row_id, index)).fetchone()
+        found: Json | None = None if row is None else json.loads(row[0])
+        return found
+
+    def retry(
+        self, db: Connection, pid: str, step: str | None, data: Json | None
+    ) -> str:
+        """Queue a new process that does again what a final one did from a step on.
+
+        `step`: by default the one that failed, after success the first.  `data` is
+        merged over its recorded input.
+        """
+        row = self.find(pid)
+        if row["status"] not in FINAL_STATES:
+            raise WrongState(row["pid"], "retry", row["status"], FINAL_STATES)
+        definition = self.definition(row["definition"])
+        index = self._retry_index(row, definition, step)
+        recorded = self._input(db, row["id"], index)
+        if recorded is None and data is None:
+            words = f"step {quoted(step)} of process {row['pid']} was not reached"
+            raise BadSpec(f"{words}: give its data")
+        key = row["once_key"]
+        other = None if key is None else self._with_key(db, key)
+        if other is not None:
+            raise NotUnique(other["pid"], other["status"], "the key is that of")
+        number = self._definition_id(db, definition.once_only())
+        new_id, new_pid = self._again(
+            *(db, row, number, index, to_json({**(recorded or {}), **(data or {})})),
+            *(self.now(), row["series"] or row["pid"], {"retry_of": row["pid"]}),
+        )
+        if not definition.steps:
+            self.transition(db, "finish", Move(new_id))
+        return new_pid
+
+    @staticmethod
+    def _retry_index(row: Row, definition: Definition, step: str | None) -> int:
+        """Where to begin again."""
+        names = [name for name, _ in definition.steps]
+        if step is not None and step not in names:
+            known = ", ".join(map(quoted, names)) or "none"
+            words = f"process {row['pid']} has no step {quoted(step)}; it has: {known}"
+            raise BadSpec(words)
+        if step is not None:
+            return names.index(step)
+        index = int(row["step_index"])
+        return index if index < len(names) and row["status"] != FINISHED else 0
+
+    def _again(
+        self,
+        db: Connection,
+        row: Row,
+        definition: int,
+        index: int,
+        data: str,
+        due: float,
+        series: str,
+        detail: Json,
+    ) -> tuple[int, str]:
+        """Queue a process like another, from this step on; return its id and pid."""
+        pid, now = os.urandom(PID_LENGTH // 2).hex(), self.now()
+        new_id = db.execute(
+            """
+            INSERT INTO process (pid, definition, status, queue, priority, due_at,
+                                 created_at, step_index, name, due_from, dedicated,
+                                 once_key, series, retry_of)
+            SELECT :pid, :definition, 'queued', queue, priority, :due,
+                   :now, :index, name, :now, dedicated,
+                   once_key, :series, :original
+              FROM process WHERE id = :id""",
+            {
+                "pid": pid,
+                "definition": definition,
+                "due": due,
+                "now": now,
+                "index": index,
+                "series": series,
+                "original": row["id"] if "retry_of" in detail else None,
+                "id": row["id"],
+            },
+        ).lastrowid
+        assert new_id is not None
+        db.execute("INSERT INTO data VALUES (?, ?, ?)", (new_id, index, data))
+        self._add_events(db, "start", [(new_id, to_json(detail))])
+        return new_id, pid
 
     # --- runners -----------------------------------------------------------
 
@@ -2465,15 +3213,16 @@ class Store(Database):
         port: int | None,
         *,
         waits: bool = False,
+        concurrency: Mapping[str, int] | None = None,
     ) -> int:
         """Register a runner, which holds the lock of its token; return its number."""
         with self.transaction() as db:
-            served = (",".join(queues), waits, port)
+            served = (",".join(queues), waits, port, json.dumps(concurrency or {}))
             number = db.execute(
                 """
-                INSERT INTO runner
-                       (token, os_pid, boot, started_at, queues, waits, port)
-                VALUES (?, ?, ?, ?, ?, ?, ?)""",
+                INSERT INTO runner (token, os_pid, boot, started_at,
+                                    queues, waits, port, concurrency)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
                 (token, os.getpid(), boot, self.now(), *served),
             ).lastrowid
         assert number is not None
@@ -2544,9 +3293,11 @@ class Store(Database):
         if on_lost == "retry" and crashes >= MAX_CRASHES:
             event = "fail"
             reason = f"{crashes} runners died while it ran, the last in step {step!r}"
+        if row["pause_requested"] and event == "recover":
+            event = "pause"
         if row["cancel_requested"]:
             event = "cancel"
-        columns: Json = {"runner": None, "crashes": crashes}
+        columns: Json = {"runner": None, "crashes": crashes, "pause_requested": 0}
         if event in ("interrupt", "fail"):
             columns["error"] = to_json(make_error(step, "RunnerDied", reason))
         self.transition(db, event, Move(row["id"], columns, row["claim"]))
@@ -2609,18 +3360,30 @@ class Store(Database):
 
     # --- the state machine -------------------------------------------------
 
-    def transition(self, db: Connection, event: str, *moves: Move) -> set[int]:
+    def transition(
+        self,
+        db: Connection,
+        event: str,
+        *moves: Move,
+        details: Sequence[str | None] | None = None,
+    ) -> set[int]:
         """Move processes along TRANSITIONS; return the ids of those that may and did.
 
         The one writer of `status`.  The moves change the same columns.  With a claim a
-        process moves only if that is still its claim and, whatever the event but
-        `cancel`, nobody wants it cancelled.
+        process moves only if that is still its claim and nobody wants something else
+        of it, see `_guard`.  What ends a run of a series queues the next one.
         """
         sources, target = TRANSITIONS[event]
+        if moves and moves[0].claim is not None:
+            sources = (RUNNING,)  # what is queued again is nobody's
         status: Json = {"status": target}
         if target in FINAL_STATES:
             status["finished_at"] = self.now()
-        return self._move(db, event, sources, moves, [None] * len(moves), status)
+        details = details or [None] * len(moves)
+        moved = self._move(db, event, sources, moves, details, status)
+        if target in FINAL_STATES:
+            self._go_on(db, sorted(moved))
+        return moved
 
     def _move(
         self,
@@ -2638,9 +3401,8 @@ class Store(Database):
         if not moves:
             return set()
         names, fixed = tuple(moves[0].columns), same or {}
-        # A claim guards against cancels too, but for the event that is that wish.
-        guarded = moves[0].claim is not None and kind != "cancel"
-        sql, moved = self._update_sql((*fixed, *names), sources, guarded), []
+        guard = "" if moves[0].claim is None else self._guard(kind)
+        sql, moved = self._update_sql((*fixed, *names), sources, guard), []
         for (row_id, columns, claim), detail in zip(moves, details):
             own = [columns[name] for name in names]
             if db.execute(sql, [*fixed.values(), *own, row_id, claim]).rowcount:
@@ -2648,21 +3410,28 @@ class Store(Database):
         self._add_events(db, kind, moved)
         return {row_id for row_id, _ in moved}
 
+    @staticmethod
+    def _guard(kind: str) -> str:
+        """A condition: nobody wants it cancelled, nor paused where it would go on."""
+        if kind == "cancel":
+            return ""
+        paused = kind in ("step", "retry", "give_back")
+        return " AND NOT cancel_requested" + " AND NOT pause_requested" * paused
+
     def _update_sql(
-        self, names: tuple[str, ...], sources: tuple[str, ...], guarded: bool
+        self, names: tuple[str, ...], sources: tuple[str, ...], guard: str
     ) -> str:
         """The UPDATE of these columns of a process in one of these states.
 
-        Its parameters: the columns, the row id, its claim or None for any;
-        `guarded`: only if nobody wants it cancelled.
+        Its parameters: the columns, the row id, its claim or None for any.
         """
-        key = (names, sources, guarded)
+        key = (names, sources, guard)
         if key not in self._updates:
             states = ", ".join(f"'{word}'" for word in sources)
             self._updates[key] = (
                 f"UPDATE process SET {', '.join(f'{name} = ?' for name in names)}"
                 f" WHERE id = ? AND claim = coalesce(?, claim) AND status IN ({states})"
-                + (" AND NOT cancel_requested" if guarded else "")
+                f"{guard}"
             )
         return self._updates[key]
 
@@ -2671,10 +3440,85 @@ class Store(Database):
     ) -> None:
         """Write down what happened, for each (row id, detail)."""
         now = self.now()
+        if self._set_back(db, now):
+            self._recount(db, now)
         db.executemany(
             "INSERT INTO event (process, at, kind, detail) VALUES (?, ?, ?, ?)",
             [(row_id, now, kind, detail) for row_id, detail in whose],
         )
+
+    # --- series ------------------------------------------------------------
+
+    def _go_on(self, db: Connection, ended: Sequence[int]) -> None:
+        """Queue the next run of each series of which a run has ended.
+
+        A run that was cancelled before it began, or with its series, is the last.
+        """
+        for start in range(0, len(ended), GROUP_SIZE):
+            some = ended[start : start + GROUP_SIZE]
+            marks = ", ".join("?" * GROUP_SIZE)  # always as many: one statement
+            rows = db.execute(
+                f"""
+                SELECT * FROM process
+                 WHERE id IN ({marks}) AND +series IS NOT NULL
+                   AND started_at IS NOT NULL
+                   AND (status <> 'cancelled' OR cancel_requested = {WISH_RUN})""",
+                [*some, *[0] * (GROUP_SIZE - len(some))],
+            )
+            for row in rows.fetchall():
+                self._add_successor(db, row)
+
+    def _add_successor(self, db: Connection, row: Row) -> None:
+        try:
+            definition = self.definition(row["definition"])
+        except StorageError:  # changed by hand: the run that has ended says so
+            return
+        if not definition.repeats():
+            return
+        now = due = self.now()
+        trouble = None
+        try:
+            times = (row["due_at"], row["started_at"])
+            due = successor_due(definition.option, now, *times)
+        except ProcmanError as error:  # the data of its time zone is gone, for one
+            trouble = to_json(make_error(None, type(error).__name__, str(error)))
+        new_id, _ = self._again(
+            *(db, row, row["definition"], 0, to_json(self._input(db, row["id"], 0))),
+            *(due, row["series"], {"after": row["pid"]}),
+        )
+        if trouble is not None:
+            self.transition(db, "fail", Move(new_id, {"error": trouble}))
+
+    # --- the clock ---------------------------------------------------------
+
+    @staticmethod
+    def _set_back(db: Connection, now: float) -> bool:
+        """Whether the clock has been set back since the last event."""
+        sql = "SELECT at FROM event ORDER BY number DESC LIMIT 1"
+        row = db.execute(sql).fetchone()
+        return row is not None and bool(now < row[0] - CLOCK_SECONDS)
+
+    def look_at_clock(self) -> None:
+        """Count dues anew if the clock was set back, though nothing else happens."""
+        if self._set_back(self.db, self.now()):
+            with self.transaction(wait=1) as db:
+                self._add_events(db, "clock", [(0, None)])  # nobody's: not listed
+
+    def _recount(self, db: Connection, now: float) -> None:
+        """What was to wait for a length waits for that length by the new clock.
+
+        What is due at a moment of the calendar stays so, and what runs was due.
+        """
+        sql = "UPDATE process SET due_at = min(due_at, ?) WHERE status = 'running'"
+        db.execute(sql, (now,))
+        rows = db.execute(
+            "SELECT * FROM process WHERE status = 'queued' AND due_from > ?", (now,)
+        ).fetchall()
+        for row in rows:
+            option = self.definition(row["definition"]).option
+            due = counted_anew(option, dict(row), now)
+            sql = "UPDATE process SET due_at = ?, due_from = ? WHERE id = ?"
+            db.execute(sql, (due, now, row["id"]))
 
 
 # ===========================================================================
@@ -3460,6 +4304,9 @@ def worker_main() -> int:
 # Each verb opens one transaction, and rings the runners after its commit.
 
 
+Waiting = Generator[float, None, list[ProcessInfo]]  # yields pauses in seconds
+
+
 class ProcessManager:
     """The processes in one database: start them, look at them, steer them.
 
@@ -3480,7 +4327,7 @@ class ProcessManager:
         chosen = os.fspath(path or os.environ.get("PROCMAN_DB") or beside)
         self.store = Store(chosen, now=now, create=create)
         self._defaults = {name: option.default for name, option in OPTIONS.items()}
-        self._defaults.update(check_options(defaults or {}))
+        self._defaults.update(check_defaults(defaults or {}))
         self._socket: Any = None
 
     @property
@@ -3503,8 +4350,7 @@ class ProcessManager:
         if connection is None:
             return self.start_many([(process, data)])[0]
         new = self._prepare(process, data, self._directory())
-        self.store.insert_with(connection, new)
-        return str(new.pid)
+        return self.store.insert_with(connection, new)
 
     def start_many(
         self, processes: Iterable[ManagedProcess | tuple[ManagedProcess, Any]]
@@ -3516,8 +4362,7 @@ class ProcessManager:
             process, data = item if isinstance(item, tuple) else (item, None)
             ready.append(self._prepare(process, data, directory))
         with self._verb() as db:
-            self.store.insert(db, ready)
-        return [new.pid for new in ready]
+            return self.store.insert(db, ready)
 
     def _prepare(
         self, process: ManagedProcess, data: Any, directory: str
@@ -3526,15 +4371,23 @@ class ProcessManager:
         if not isinstance(process, ManagedProcess):
             kind = type(process).__name__
             raise BadType(f"process must be a ManagedProcess, not {kind}")
-        options = {**self._defaults, **process.options}
-        if "delay" in process.options:
-            options["at"] = None
+        own = process.options
+        if own.get("at") is not None:
+            own = {**own, "at": parse_at(own["at"])}
+        options = merge_options(self._defaults, own)
+        due_at, due_from = first_due(options, self.store.now())
+        text = Definition.text(process.text, options, directory)
+        content = to_json(expect_object({} if data is None else data))
+        once_key = None
+        if options["key"] is not None:
+            once_key = "key " + options["key"]
+        elif options["once"] or options["unique"]:
+            once_key = Definition(text).fingerprint(content)
+        if not process.steps and (options["interval"] or options["cron"]) is not None:
+            raise BadSpec("nothing to run again: a process with a schedule needs steps")
+        pid = options["pid"] or os.urandom(PID_LENGTH // 2).hex()
         return Submission(
-            os.urandom(PID_LENGTH // 2).hex(),
-            Definition.text(process, options, directory),
-            to_json(expect_object({} if data is None else data)),
-            options,
-            due_at(options, self.store.now()),
+            *(pid, text, content, options, due_at, due_from, own, once_key)
         )
 
     @staticmethod
@@ -3555,30 +4408,21 @@ class ProcessManager:
         return str(self.store.find(pid)["status"])
 
     def list_processes(
-        self,
-        *,
-        status: str | None = None,
-        name: str | None = None,
-        queue: str | None = None,
-        limit: int = 50,
-        offset: int = 0,
+        self, *, order: str = "newest", limit: int = 50, offset: int = 0, **filters: Any
     ) -> list[ProcessInfo]:
-        """Records, newest first.  `status`: a state, `open` or `final`."""
+        """Records, newest first; `order` may also be oldest, due and ended.
+
+        Filters: `status` (a state, open or final), `name`, `queue`, `since` (ended, or
+        if open created, since then: as `at`, or `5m` ago), `series` (the pid of a run,
+        or of what was retried), `parent` (a pid).
+        """
         for value, what in ((limit, "limit"), (offset, "offset")):
             expect_number(value, what, 0, 2**31)
-        return self.store.select(
-            status=status, name=name, queue=queue, limit=limit, offset=offset
-        )
+        return self.store.select(filters, order=order, limit=limit, offset=offset)
 
-    def count(
-        self,
-        *,
-        status: str | None = None,
-        name: str | None = None,
-        queue: str | None = None,
-    ) -> int:
+    def count(self, **filters: Any) -> int:
         """How many processes there are, with the filters of `list_processes`."""
-        return self.store.count(status=status, name=name, queue=queue)
+        return self.store.count(filters)
 
     def proceed(self, pid: str, data: Mapping[str, Any] | None = None) -> str:
         """Continue an interrupted process; `data` is merged over what waits.
@@ -3598,13 +4442,76 @@ class ProcessManager:
         with self._verb() as db:
             return self.store.cancel(db, pid)
 
+    def cancel_all(self, **filters: Any) -> list[str]:
+        """Cancel all open ones that pass the filters, and end their series.
+
+        Filters as for `list_processes`.  Returns their pids, oldest first.
+        """
+        if filters.get("status") in ("final", *FINAL_STATES):
+            raise BadSpec(f"what is {filters['status']} cannot be cancelled")
+        pids: list[str] = []
+        while True:
+            with self._verb() as db:  # in small transactions: nobody waits for it
+                some = self.store.cancel_some(db, filters)
+            if not some:
+                return pids
+            pids += some
+
+    def pause(self, pid: str) -> str:
+        """Interrupt a process: a queued one now, a running one after its step.
+
+        `proceed` continues it.  One whose last step runs ends all the same.
+        """
+        with self._verb() as db:
+            return self.store.pause(db, pid)
+
+    def retry(
+        self, pid: str, step: str | None = None, data: Mapping[str, Any] | None = None
+    ) -> str:
+        """Start a new process that does again what a final one did; return its pid.
+
+        From the step that failed (after success the first), or from `step`, with the
+        input that this had; `data` is merged over it.  It has the options of the old
+        one but for its schedule, and the same `series`.
+        """
+        merged = None if data is None else expect_object(data)
+        to_json(merged)
+        with self._verb() as db:
+            return self.store.retry(db, pid, step, merged)
+
+    def retry_failed(
+        self, *, name: str | None = None, since: Any = None, dry_run: bool = False
+    ) -> list[tuple[str, str | None]]:
+        """Retry all that ended as error or timeout and were not retried before.
+
+        `since`: those that ended since then.  Returns (old pid, new pid), oldest first;
+        with `dry_run` nothing is started and the new pids are None, as they are for
+        those whose key another open process has.
+        """
+        found: list[tuple[str, str | None]] = []
+        for pid in self.store.failed({"name": name, "since": since}):
+            new = None
+            if not dry_run:
+                # Pruned meanwhile; its key is taken; changed by hand.
+                with contextlib.suppress(NotFound, NotUnique, BadSpec):
+                    new = self.retry(pid)
+            found.append((pid, new))
+        return found
+
     def wait(self, pid: str, timeout: float | None = None) -> ProcessInfo:
         """The process once it is final or interrupted.
 
         `timeout` in seconds, None for ever.  Raises WaitTimeout, ProcessCancelled, and
         ProcessFailed for error and timeout.  Does not start a runner.
         """
-        info = self.wait_all([pid], timeout)[0]
+        return self._judged(self.wait_all([pid], timeout)[0])
+
+    async def wait_async(self, pid: str, timeout: float | None = None) -> ProcessInfo:
+        """The same, awaited."""
+        return self._judged((await self.wait_all_async([pid], timeout))[0])
+
+    @staticmethod
+    def _judged(info: ProcessInfo) -> ProcessInfo:
         if info.status in (ERROR, TIMEOUT):
             raise ProcessFailed(info)
         if info.status == CANCELLED:
@@ -3615,18 +4522,53 @@ class ProcessManager:
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """All of them, in order, once each is final or interrupted."""
-        return self._wait(pids, timeout, any_will_do=False)
+        return self.sleep_through(self.waiting(pids, timeout, any_will_do=False))
+
+    async def wait_all_async(
+        self, pids: Iterable[str], timeout: float | None = None
+    ) -> list[ProcessInfo]:
+        """The same, awaited."""
+        return await self._await(self.waiting(pids, timeout, any_will_do=False))
 
     def wait_any(
         self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
         """Those that are final or interrupted, as soon as there is one."""
-        return self._wait(pids, timeout, any_will_do=True)
+        return self.sleep_through(self.waiting(pids, timeout, any_will_do=True))
 
-    def _wait(
-        self, wanted: Iterable[str], timeout: float | None, *, any_will_do: bool
+    async def wait_any_async(
+        self, pids: Iterable[str], timeout: float | None = None
     ) -> list[ProcessInfo]:
-        """Until all are final or interrupted, or where any will do until one is."""
+        """The same, awaited."""
+        return await self._await(self.waiting(pids, timeout, any_will_do=True))
+
+    @staticmethod
+    def sleep_through(waiting: Waiting) -> list[ProcessInfo]:
+        """What comes of `waiting`, after all its pauses."""
+        while True:
+            try:
+                time.sleep(next(waiting))
+            except StopIteration as end:
+                return list(end.value)
+
+    @staticmethod
+    async def _await(waiting: Waiting) -> list[ProcessInfo]:
+        import asyncio
+
+        while True:
+            try:
+                pause = next(waiting)
+            except StopIteration as end:
+                return list(end.value)
+            await asyncio.sleep(pause)
+
+    def waiting(
+        self, wanted: Iterable[str], timeout: float | None, *, any_will_do: bool
+    ) -> Waiting:
+        """Until all are final or interrupted, or where any will do until one is.
+
+        Yields how many seconds to pause before it looks again.
+        """
         if isinstance(wanted, str):
             raise BadType("pids must be a list of texts, not one text")
         limit = None if timeout is None else seconds(timeout, "timeout")
@@ -3642,7 +4584,7 @@ class ProcessManager:
                     f"after {timeout} s {len(left)} of {len(pids)} still open,"
                     f" first {left[0]}: {self.get_process_status(left[0])}"
                 )
-            time.sleep(poll_delay(waited))
+            yield poll_delay(waited)
             # Of those that are all waited for a few tell whether there is more to do.
             look, rest = (left, []) if any_will_do else (left[:50], left[50:])
             while look and not (look := self.store.still_going(look)):
@@ -3650,6 +4592,75 @@ class ProcessManager:
             left = look + rest
         still_open = set(left)
         return [self.get_process_info(pid) for pid in pids if pid not in still_open]
+
+    def events(
+        self,
+        pid: str | None = None,
+        *,
+        status: str | None = None,
+        since: int | None = None,
+    ) -> Iterator[Json]:
+        """What happens, as it happens: `{number, at, pid, kind, status, detail}`.
+
+        `number` grows; `kind` is a key of TRANSITIONS, start, step or progress;
+        `status` is the one after it; `detail` says what changed, or is None.  From now
+        on, or after the number `since` (0: from the start).  `pid`: only of that
+        process, until it has ended; `status`: only what leaves it so (also open,
+        final).
+        """
+        kinds = None
+        if status is not None:
+            states = STATE_GROUPS[check_filters({"status": status})["status"]]
+            known = (*TRANSITIONS, "start", "step", "progress")
+            kinds = [kind for kind in known if status_after(kind) in states]
+        if since is not None:
+            expect_number(since, "since", 0, 2**63 - 1)
+        full = None if pid is None else self.store.find(pid)["pid"]
+        number = self.store.last_event() if since is None else since
+        return self._follow(number, full, kinds)
+
+    def _follow(
+        self, number: int, pid: str | None, kinds: list[str] | None
+    ) -> Iterator[Json]:
+        seen, quiet_since = None, time.monotonic()
+        while True:
+            # In this order: what comes between is found the next time.
+            version = self.store.version()
+            over = pid is not None and self._has_ended(pid)
+            some = self.store.events(number, pid, kinds) if version != seen else []
+            for event in some:
+                number = event["number"]
+                yield event
+            if some:
+                quiet_since = time.monotonic()
+                continue
+            if over:
+                return
+            seen = version
+            time.sleep(poll_delay(time.monotonic() - quiet_since))
+
+    def _has_ended(self, pid: str) -> bool:
+        try:
+            return self.get_process_status(pid) in FINAL_STATES
+        except NotFound:  # pruned meanwhile
+            return True
+
+    def listen(
+        self,
+        callback: Callable[[Json], Any],
+        pid: str | None = None,
+        status: str | None = None,
+        *,
+        since: int | None = None,
+    ) -> None:
+        """Call back with each of `events`, until it returns True."""
+        for event in self.events(pid, status=status, since=since):
+            if callback(event) is True:
+                return
+
+    def why(self, pid: str) -> str:
+        """One sentence on why a process is not running, or that it is."""
+        return self.store.why(pid)
 
     def logs(self, pid: str, *, raw: bool = False) -> Any:
         """What its steps have printed so far: text, or with `raw` the bytes."""
@@ -3704,8 +4715,9 @@ class ProcessManager:
 class WorkerHandle:
     """The runner's view of one child: its pipes, its tree, what it holds."""
 
-    def __init__(self, token: str, hello: Json):
+    def __init__(self, token: str, hello: Json, own: int | None = None):
         self.token = token
+        self.own = own  # id of the one process that it serves
         self.output = OutputFile(hello["output"])
         self.held: dict[int, Held] = {}  # by id, in the order handed over
         self.ready = False  # it has come up
@@ -3789,6 +4801,8 @@ class WorkerHandle:
 
     def _ahead(self) -> int:
         """How many steps it should hold, by its own pace."""
+        if self.own is not None:
+            return 1
         return max(1, min(GROUP_SIZE, int(AHEAD_SECONDS / self.pace)))
 
     def hungry(self) -> bool:
@@ -3886,6 +4900,34 @@ class WorkerHandle:
         return make_error(step, "WorkerDied", words, exit_code=code or None)
 
 
+class PoolSize(namedtuple("PoolSize", "least most ttl")):
+    """How many workers a pool has; those beyond `least` leave when idle for `ttl` s."""
+
+    __slots__ = ()
+
+    @classmethod
+    def chosen(
+        cls, manner: str, least: int | None, most: int | None, ttl: float
+    ) -> PoolSize:
+        """static ignores `most`, ondemand `least`; None stands for a default."""
+        for value, name, low in ((least, "min_workers", 0), (most, "max_workers", 1)):
+            if value is not None:
+                expect_number(value, name, low, 2**31)
+        many = os.cpu_count() or 1
+        if manner == "static":
+            fixed = many if least is None else least
+            return cls(*[expect_number(fixed, "min_workers", 1, 2**31)] * 2, ttl)
+        if manner == "ondemand":
+            return cls(0, most or many, ttl)
+        if manner != "dynamic":
+            known = "dynamic, static, ondemand"
+            raise BadSpec(f"pm must be one of {known}, not {quoted(manner)}")
+        if least is not None and most is not None and least > most:
+            raise BadSpec(f"min_workers is {least}, more than max_workers, {most}")
+        least = 1 if least is None else least
+        return cls(least, most or max(many, least), ttl)
+
+
 class Pool:
     """Hands steps to workers and collects how they end; has never heard of a store.
 
@@ -3898,7 +4940,7 @@ class Pool:
         directory: str,
         token: str,
         hello: Json,
-        size: int,
+        size: PoolSize,
         wake: Callable[[], None],
     ):
         self.workers: list[WorkerHandle] = []
@@ -3916,14 +4958,23 @@ class Pool:
         self._count = self._failures = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def add_worker(self) -> WorkerHandle:
+    def fill(self) -> None:
+        """See to it that there are as many workers as there are at least."""
+        while len(self._shared()) < self._size.least and self.may_spawn():
+            self.add_worker()
+
+    def _shared(self) -> list[WorkerHandle]:
+        """The workers that serve any process."""
+        return [worker for worker in self.workers if worker.own is None]
+
+    def add_worker(self, own: int | None = None) -> WorkerHandle:
         """Begin to start one; it can be handed steps at once."""
         import asyncio
 
         self._count += 1
         token = f"{self._token}-{self._count}"
         output = os.path.join(self._directory, token + ".log")
-        worker = WorkerHandle(token, {**self._hello, "output": output})
+        worker = WorkerHandle(token, {**self._hello, "output": output}, own)
         self.workers.append(worker)
         task = asyncio.get_running_loop().create_task(self._attend(worker))
         self._tasks.add(task)
@@ -4065,7 +5116,7 @@ class Pool:
 
     def idle(self) -> bool:
         """Whether a step could begin at once."""
-        free = any(not worker.held and worker.room() for worker in self.workers)
+        free = any(not worker.held and worker.room() for worker in self._shared())
         return not self.ready and (free or self.may_spawn() > 0)
 
     def busy(self) -> bool:
@@ -4084,17 +5135,40 @@ class Pool:
         """How many more workers there may be just now."""
         if time.monotonic() < self.spawn_after:
             return 0
-        return max(0, self._size - len(self.workers))
+        return max(0, self._size.most - len(self._shared()))
 
     def room(self) -> int:
         """How many more steps could begin soon."""
-        room = sum(worker.room() for worker in self.workers)
+        room = sum(worker.room() for worker in self._shared())
         return max(0, room + self.may_spawn() - len(self.ready))
+
+    def dedicated_room(self) -> int:
+        """How many more processes could get a worker of their own."""
+        if time.monotonic() < self.spawn_after:
+            return 0
+        return max(0, MAX_DEDICATED - (len(self.workers) - len(self._shared())))
+
+    def _hand_over_dedicated(self) -> None:
+        """Give each step of a dedicated process to its own worker."""
+        own = {worker.own: worker for worker in self.workers if not worker.leaving}
+        own.pop(None, None)
+        for held in [held for held in self.ready if held.dedicated]:
+            if held.id not in own and self.dedicated_room():
+                own[held.id] = self.add_worker(held.id)
+            worker = own.pop(held.id, None)
+            if worker is not None:
+                self.ready.remove(held)
+                worker.give(held)
+        unsettled = {held.id for held, _ in self.results}
+        for worker in own.values():  # its process has ended
+            if not worker.held and worker.own not in unsettled:
+                self.end(worker, "retire")
 
     def hand_over(self) -> None:
         """Give what is ready to the workers, and back what none can begin soon."""
-        room = {worker: worker.room() for worker in self.workers}
-        while self.ready:
+        self._hand_over_dedicated()
+        room = {worker: worker.room() for worker in self._shared()}
+        while self.ready and not self.ready[0].dedicated:
             worker = min(room, key=lambda one: len(one.held), default=None)
             if worker is None or (worker.held and self.ready[0].crashes):
                 if not self.may_spawn():
@@ -4128,6 +5202,7 @@ class Pool:
     def watch(self) -> None:
         """Look after what runs: time limits, graces, output, what waits too long."""
         now = time.monotonic()
+        self._let_go(now)
         for worker in self.workers:
             limit, head, stalls = worker.deadline(), worker.head(), worker.stalls_at()
             if worker.kill_at is not None and now >= worker.kill_at and worker.tree:
@@ -4144,6 +5219,14 @@ class Pool:
             stuck = not worker.ready and now - worker.made_at > SPAWN_SECONDS
             if worker.tree and (ended or stuck):  # a forked child may hold the pipe
                 worker.tree.kill()
+
+    def _let_go(self, now: float) -> None:
+        """End workers beyond the least number that have been idle for their time."""
+        shared = [worker for worker in self._shared() if not worker.leaving]
+        for worker in shared[self._size.least :]:
+            idle = worker.ready and not worker.held
+            if idle and now - worker.head_since >= self._size.ttl:
+                self.end(worker, "retire")
 
     def moments(self) -> Iterator[float]:
         """When `watch` should be called next, the least of these."""
@@ -4206,11 +5289,14 @@ class _Doorbell:
 class Runner:
     """Claims what is due, has workers run it, and writes down what came of it.
 
-    `wait`: stay when nothing is due.  `queues`: those it serves.  `max_workers`: at
-    once (default: one a CPU).  `max_jobs`: end after so many processes.
-    `jobs_per_worker`: replace a worker after so many.  `script_args`: added to each
-    step's sys.argv.  `services`: `module:dict` of factories.  `grace`, `keep`: lengths.
-    `pid`: run that one and nothing else.  Installs no signal handlers: call `stop`.
+    `wait`: stay when nothing is due.  `queues`: those it serves.  `pm`: dynamic (from
+    `min_workers`, 1, to `max_workers`, one a CPU; those beyond the least leave when
+    idle for `worker_ttl`), static (always `min_workers`, one a CPU) or ondemand (none
+    while idle).  `concurrency`: how many processes of a name may run at once, over all
+    runners.  `max_jobs`: end after so many processes.  `jobs_per_worker`: replace a
+    worker after so many.  `script_args`: added to each step's sys.argv.  `services`:
+    `module:dict` of factories.  `grace`, `keep`, `worker_ttl`: lengths.  `pid`: run
+    that one and nothing else.  Installs no signal handlers: call `stop`.
     """
 
     def __init__(
@@ -4219,7 +5305,11 @@ class Runner:
         *,
         wait: bool = False,
         queues: Iterable[str] = (DEFAULT_QUEUE,),
+        pm: str = "dynamic",
+        min_workers: int | None = None,
         max_workers: int | None = None,
+        worker_ttl: float | str = WORKER_SECONDS,
+        concurrency: Mapping[str, int] | None = None,
         max_jobs: int | None = None,
         jobs_per_worker: int | None = None,
         script_args: Iterable[str] = (),
@@ -4228,13 +5318,15 @@ class Runner:
         keep: float | str = KEEP_SECONDS,
         pid: str | None = None,
     ):
-        self._check(queues, script_args, max_workers, max_jobs, jobs_per_worker)
+        self._check(queues, script_args, max_jobs, jobs_per_worker)
         if services is not None:
             check_reference(services, "services")
         self.already_running = False
         self._store = manager.store
-        self._wait, self._pid, self._max_jobs = wait, pid, max_jobs
+        self._wait, self._max_jobs = wait, max_jobs
         self._queues = sorted({check_queue(queue) for queue in queues})
+        self._concurrency = check_concurrency(concurrency or {})
+        self._served = (self._queues, pid, self._concurrency)
         self._keep = seconds(keep, "keep")
         self._token = os.urandom(8).hex()
         self._number = 0
@@ -4245,7 +5337,8 @@ class Runner:
             "directory": self._directory(),
             "database": self._store.path,
         }
-        size = max_workers or os.cpu_count() or 1
+        ttl = seconds(worker_ttl, "worker_ttl")
+        size = PoolSize.chosen(pm, min_workers, max_workers, ttl)
         files = self._store.run_directory
         self._pool = Pool(files, self._token, hello, size, self._wake)
         self._pool.grace = seconds(grace, "grace")
@@ -4263,7 +5356,7 @@ class Runner:
         for texts, name in ((queues, "queues"), (script_args, "script_args")):
             if isinstance(texts, str):
                 raise BadType(f"{name} must be a list of texts, not one text")
-        for value, name in zip(numbers, ("max_workers", "max_jobs", "jobs_per_worker")):
+        for value, name in zip(numbers, ("max_jobs", "jobs_per_worker")):
             if value is not None:
                 expect_number(value, name, 1, 2**31)
 
@@ -4319,7 +5412,9 @@ class Runner:
             life.acquire()
             bell, port = await self._hang_bell()
             self._number = self._store.add_runner(
-                self._token, boot_id(), self._queues, port, waits=self._wait
+                *(self._token, boot_id(), self._queues, port),
+                waits=self._wait,
+                concurrency=self._concurrency,
             )
             await self._serve()
         finally:
@@ -4347,10 +5442,10 @@ class Runner:
         """Look after, commit and claim, hand over, wait: until there is no more."""
         import asyncio
 
-        if self._wait:
-            self._pool.add_worker()
         while not self._stopping:
             self._pool.watch()
+            if self._wait:
+                self._pool.fill()
             self._keep_up()
             if not self._commit():
                 busy = time.monotonic() - (self._busy_since or 0.0)
@@ -4369,7 +5464,7 @@ class Runner:
             return False
         if self._max_jobs is not None and self._claimed >= self._max_jobs:
             return True
-        return not self._wait and not self._is_due()
+        return not self._wait and not self._is_due(Demand(*self._served))
 
     async def _leave(self) -> None:
         """Stop what runs, queue it again, and leave nothing behind."""
@@ -4423,26 +5518,29 @@ class Runner:
         moments = [now + POLL_SECONDS, *pool.moments()]
         if pool.results:  # with whose commit more is claimed
             moments.append(pool.ripe_at())
-        elif self._room():
-            due = self._store.next_due(self._queues, self._pid)
+        else:
+            due = self._store.next_due(self._demand())
             if due is not None:
                 due_at = now + due - self._store.now()
                 moments.append(max(due_at, pool.spawn_after, self._claim_after))
+            if self._concurrency:  # whose limit another runner may have made room in
+                moments.append(now + STALL_SECONDS)
         return min(moments) - now
 
     # --- work --------------------------------------------------------------
 
-    def _room(self) -> int:
-        """How many processes could be handed over if they were claimed now."""
-        if self._stopping:
-            return 0
-        room = self._pool.room()
-        if self._max_jobs is not None:
-            room = min(room, self._max_jobs - self._claimed)
-        return room
+    def _demand(self) -> Demand:
+        """What could be handed over if it were claimed now."""
+        room, dedicated = self._pool.room(), self._pool.dedicated_room()
+        most = None if self._max_jobs is None else self._max_jobs - self._claimed
+        if self._stopping or most == 0:
+            room = dedicated = 0
+        if most is not None:
+            room, dedicated = min(room, most), min(dedicated, most)
+        return Demand(*self._served, room, dedicated, most)
 
-    def _is_due(self) -> bool:
-        due = self._store.next_due(self._queues, self._pid)
+    def _is_due(self, demand: Demand) -> bool:
+        due = self._store.next_due(demand)
         return due is not None and due <= self._store.now()
 
     def _commit(self, *, claim: bool = True) -> bool:
@@ -4450,12 +5548,12 @@ class Runner:
 
         False if the database is busy: then nothing has changed, here or there.
         """
-        pool, store = self._pool, self._store
-        room, now = self._room() if claim else 0, time.monotonic()
+        pool, store, now = self._pool, self._store, time.monotonic()
+        demand = self._demand() if claim else Demand((), None, {}, 0, 0)
         if pool.results:
             ripe = pool.ripe_at() <= now
         else:
-            ripe = bool(room) and now >= self._claim_after and self._is_due()
+            ripe = claim and now >= self._claim_after and self._is_due(demand)
         if not ripe and not pool.progress:
             return True
         claimed, idle = [], pool.idle()
@@ -4469,12 +5567,10 @@ class Runner:
                 going_on = [
                     entry.following for entry in settled if entry.following is not None
                 ]
-                room -= len(going_on)
-                if room > 0:
-                    claimed = store.claim_due(
-                        *(db, self._number, self._queues, room, self._pid),
-                        idle=idle,
-                    )
+                taken = sum(not held.dedicated for held in going_on)
+                if claim:
+                    demand = demand._replace(room=demand.room - taken)
+                    claimed = store.claim_due(db, self._number, demand, idle=idle)
         except Busy as error:
             self._note_busy(error)
             return False
@@ -4491,7 +5587,7 @@ class Runner:
     def _note(self, settled: Settled) -> None:
         """Count and log what has been committed."""
         held, outcome, event, _ = settled
-        if event == "give_back":
+        if outcome.ending == "stopped":
             self._claimed -= 1
         elif event not in ("step", "lost"):
             self._done += 1
@@ -4527,6 +5623,7 @@ class Runner:
                 return
             self._upkeep_after = now + POLL_SECONDS
             self._store.check_identity()
+            self._store.look_at_clock()
             if self._number not in [row["id"] for row in self._store.runners()]:
                 raise StorageError(
                     "another runner took this one for dead: has somebody removed"
@@ -4598,19 +5695,34 @@ def show(infos: Iterable[ProcessInfo], as_json: bool) -> None:
         for info in infos:
             print(json.dumps(info.to_json()))
         return
-    rows = [("PID", "STATUS", "NAME", "STEP", "ATTEMPT", "CREATED", "DUE")]
+    for line in _table(infos):
+        print(line)
+
+
+def _done_part(progress: Json | None) -> str:
+    """`37 %` of a progress that has a total."""
+    if not progress or not progress["total"]:
+        return ""
+    return f"{100 * progress['done'] / progress['total']:.0f} %"
+
+
+def _table(infos: Iterable[ProcessInfo]) -> Iterator[str]:
+    """The lines of a table for people."""
+    heads = ("PID", "STATUS", "NAME", "STEP", "DONE", "ATTEMPT", "CREATED", "DUE")
+    rows = [heads]
     for info in infos:
         created, due = timestamp(info.created_at), timestamp(info.due_at)
         rows.append(
             (
                 *(info.pid[:12], info.status, info.name or "", info.step or ""),
-                *(str(info.attempt), created or "", due or ""),
+                *(_done_part(info.progress), str(info.attempt)),
+                *(created or "", due or ""),
             )
         )
     widths = [min(40, max(map(len, column))) for column in zip(*rows)]
     for row in rows:
         cells = (f"{shorten(cell, 40):{width}}" for cell, width in zip(row, widths))
-        print(printable("  ".join(cells)).rstrip())
+        yield printable("  ".join(cells)).rstrip()
 
 
 def _read_input() -> bytes:
@@ -4638,10 +5750,12 @@ def _data_argument(text: str | None) -> Json | None:
     return expect_object(from_json(_read_argument(text, "--data"), "--data"), "--data")
 
 
-def _manager(args: argparse.Namespace, *, create: bool = False) -> ProcessManager:
+def _manager(
+    args: argparse.Namespace, defaults: Json | None = None, *, create: bool = False
+) -> ProcessManager:
     if args.db == "":
         raise BadSpec("--db is empty: name a file")
-    manager = ProcessManager(args.db, create=create)
+    manager = ProcessManager(args.db, defaults=defaults, create=create)
     args.closing.callback(manager.close)
     return manager
 
@@ -4656,8 +5770,39 @@ def _hint(text: str) -> None:
         _say(text)
 
 
-def cmd_start(args: argparse.Namespace) -> int:
-    """Queue a process and print its pid."""
+def _variable(name: str) -> str | None:
+    """The default of an option in the environment: PROCMAN_RETRY for --retry."""
+    return os.environ.get("PROCMAN_" + name.upper()) or None
+
+
+def _default_options() -> Json:
+    """Process options from PROCMAN_* variables, checked."""
+    defaults: Json = {}
+    for name, option in OPTIONS.items():
+        text = None if name in OF_ONE_PROCESS else _variable(name)
+        if text is not None:
+            where = "PROCMAN_" + name.upper()
+            defaults[name] = option.check(_typed(text, option.shown, where), where)
+    return check_defaults(defaults)
+
+
+def _typed(text: str, shown: str, where: str) -> Any:
+    """A variable's text as its flag would have it."""
+    try:
+        if shown in _TYPES:
+            return _TYPES[shown](text)
+    except ValueError:
+        raise BadSpec(f"{where} must be a number, not {quoted(text)}") from None
+    if shown == "JSON":
+        return from_json(text, where)
+    if shown:
+        return text
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise BadSpec(f"{where} must be 1 or 0, not {quoted(text)}")
+    return text.lower() in ("1", "true")
+
+
+def _given_steps(args: argparse.Namespace) -> Json:
     steps: Json = {}
     if args.steps is not None:
         source = args.steps if args.steps == "-" else "@" + args.steps
@@ -4676,11 +5821,17 @@ def cmd_start(args: argparse.Namespace) -> int:
         raise BadSpec(
             "nothing to run: give --step NAME=SPEC, --steps FILE or -- COMMAND"
         )
+    return steps
+
+
+def cmd_start(args: argparse.Namespace) -> int:
+    """Queue a process and print its pid."""
+    steps = _given_steps(args)
     options = {name: getattr(args, name) for name in OPTIONS}
     if options["args"] is not None:
         options["args"] = from_json(options["args"], "--args")
     process = ManagedProcess(steps, **options)
-    manager = _manager(args, create=True)
+    manager = _manager(args, _default_options(), create=True)
     print(manager.start_process(process, _data_argument(args.data)))
     if not manager.store.runners():
         _hint("queued; no runner is at work: `procman.py runner` runs what is due")
@@ -4704,6 +5855,17 @@ def _stopping(runner: Runner) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _concurrency(given: Iterable[str]) -> dict[str, int]:
+    """From NAME=N, several times."""
+    found = {}
+    for text in given:
+        name, equals, most = text.rpartition("=")
+        if not equals or not most.isdecimal():
+            raise BadSpec(f"--concurrency must be NAME=N, not {quoted(text)}")
+        found[name] = int(most)
+    return found
+
+
 def cmd_runner(args: argparse.Namespace) -> int:
     """Run what is due; with --wait stay."""
     import shlex
@@ -4721,7 +5883,11 @@ def cmd_runner(args: argparse.Namespace) -> int:
         _manager(args, create=True),
         wait=args.wait,
         queues=args.queue.split(","),
+        pm=args.pm,
+        min_workers=args.min_workers,
         max_workers=args.max_workers,
+        worker_ttl=args.worker_ttl,
+        concurrency=_concurrency(args.concurrency),
         max_jobs=max_jobs,
         jobs_per_worker=args.jobs_per_worker,
         script_args=script_args,
@@ -4807,16 +5973,32 @@ def cmd_status(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _filters(args: argparse.Namespace) -> Json:
+    """What --status, --name and so on say."""
+    return {name: getattr(args, name) for name, _ in _FILTER_HELP}
+
+
 def cmd_list(args: argparse.Namespace) -> int:
     """Print processes, newest first."""
-    infos = _manager(args).list_processes(
-        status=args.status,
-        name=args.name,
-        queue=args.queue,
-        limit=args.limit,
-        offset=args.offset,
-    )
-    show(infos, args.json)
+    manager = _manager(args)
+    how = {"order": args.order, "limit": args.limit, "offset": args.offset}
+    if not args.watch:
+        show(manager.list_processes(**how, **_filters(args)), args.json)
+        return DONE
+    if args.json or not sys.stdout.isatty():
+        raise BadSpec("--watch needs a terminal: for a program there is listen")
+    enable_escapes()
+    while True:
+        lines = [*_table(manager.list_processes(**how, **_filters(args)))]
+        # From the top; what is left of each line and below the last is cleared.
+        shown = "".join(f"{line}\x1b[K\n" for line in lines)
+        print(f"\x1b[H{shown}\x1b[J", end="", flush=True)
+        time.sleep(1)
+
+
+def cmd_count(args: argparse.Namespace) -> int:
+    """Print how many processes there are."""
+    print(_manager(args).count(**_filters(args)))
     return DONE
 
 
@@ -4826,9 +6008,45 @@ def cmd_proceed(args: argparse.Namespace) -> int:
     return DONE
 
 
+def cmd_pause(args: argparse.Namespace) -> int:
+    """Interrupt a process, after its running step; proceed continues it."""
+    print(_manager(args).pause(args.pid))
+    return DONE
+
+
+def cmd_retry(args: argparse.Namespace) -> int:
+    """Start a new process that does again what an ended one did; print its pid."""
+    manager = _manager(args)
+    if (args.pid is None) != args.failed:
+        raise BadSpec("give a PID, or --failed for all that failed")
+    if args.pid is not None:
+        if args.name or args.since or args.dry_run:
+            raise BadSpec("--name, --since and --dry-run go with --failed")
+        print(manager.retry(args.pid, args.step, _data_argument(args.data)))
+        return DONE
+    if args.step or args.data:
+        raise BadSpec("--step and --data go with a PID")
+    found = manager.retry_failed(
+        name=args.name, since=args.since, dry_run=args.dry_run
+    )
+    for old, new in found:
+        if args.dry_run or new:
+            print(old if args.dry_run else new)
+        else:
+            _say(f"process {old} not retried: another open process has its key")
+    return DONE
+
+
 def cmd_cancel(args: argparse.Namespace) -> int:
     """Cancel processes and print their pids."""
-    manager, code = _manager(args), DONE
+    manager, code, filters = _manager(args), DONE, _filters(args)
+    if args.all == bool(args.pids):
+        raise BadSpec("give PIDs, or --all and what it is to be limited to")
+    if args.all:
+        print("".join(f"{pid}\n" for pid in manager.cancel_all(**filters)), end="")
+        return DONE
+    if any(value is not None for value in filters.values()):
+        raise BadSpec("filters go with --all")
     for pid in args.pids:
         try:
             print(manager.cancel(pid))
@@ -4838,12 +6056,53 @@ def cmd_cancel(args: argparse.Namespace) -> int:
     return code
 
 
+def _bar(manager: ProcessManager, pids: Sequence[str]) -> str:
+    """How far it is, in one line for a terminal."""
+    if len(pids) == 1:
+        info = manager.get_process_info(pids[0])
+        told = info.progress or {"done": 0, "total": None, "message": info.step}
+        done, total = told["done"], told["total"]
+        words = f"{info.status}: {told['message'] or info.step or ''}"
+    else:
+        total = len(pids)
+        done = total - len(manager.store.still_going(list(pids)))
+        words = "have ended"
+    if not total:
+        return one_line(words)
+    filled = int(30 * done / total)
+    return one_line(f"[{'#' * filled:.<30}] {done:g} of {total:g} {words}")
+
+
+def _with_bar(
+    manager: ProcessManager, wanted: Sequence[str], waiting: Waiting
+) -> Waiting:
+    """The same wait, with a bar on standard error."""
+    enable_escapes()
+    pids = [manager.store.full_pid(pid) for pid in wanted]
+    shown_at = 0.0
+    try:
+        while True:
+            try:
+                pause = next(waiting)
+            except StopIteration as end:
+                return end.value
+            if time.monotonic() - shown_at > 0.2:
+                shown_at = time.monotonic()
+                print(f"\r{_bar(manager, pids)[:78]}\x1b[K", end="", file=sys.stderr)
+                sys.stderr.flush()
+            yield pause
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def cmd_wait(args: argparse.Namespace) -> int:
     """Wait for processes and print their records."""
     manager = _manager(args)
     timeout = None if args.timeout is None else seconds(args.timeout, "--timeout")
-    wait = manager.wait_any if args.any else manager.wait_all
-    infos = wait(args.pids, timeout)
+    waiting = manager.waiting(args.pids, timeout, any_will_do=args.any)
+    if sys.stderr.isatty():
+        waiting = _with_bar(manager, args.pids, waiting)
+    infos = manager.sleep_through(waiting)
     show(infos, args.json)
     codes = {_exit_code(info.status) for info in infos}
     return next(code for code in (FAILED, INTERRUPTED_EXIT, DONE) if code in codes)
@@ -4869,24 +6128,34 @@ def cmd_logs(args: argparse.Namespace) -> int:
         time.sleep(0.2)
 
 
+def cmd_listen(args: argparse.Namespace) -> int:
+    """Print what happens as it happens, one JSON object a line."""
+    manager = _manager(args)
+    for event in manager.events(args.pid, status=args.status, since=args.since):
+        print(json.dumps({**event, "at": timestamp(event["at"])}), flush=True)
+    return DONE
+
+
+def cmd_why(args: argparse.Namespace) -> int:
+    """Say in one sentence why a process is not running."""
+    print(printable(_manager(args).why(args.pid)))
+    return DONE
+
+
+def cmd_schedule(args: argparse.Namespace) -> int:
+    """Print when a cron expression is due next."""
+    expect_number(args.count, "--count", 1, 10_000)
+    at = time.time()
+    for _ in range(args.count):
+        at = next_cron(args.cron, at, args.tz)
+        print(timestamp(at))
+    return DONE
+
+
 def cmd_prune(args: argparse.Namespace) -> int:
     """Delete old final processes and print how many they were."""
     print(_manager(args).prune(args.older_than))
     return DONE
-
-
-def _runner_state(manager: ProcessManager, row: Row) -> Json:
-    path = os.path.join(manager.store.run_directory, row["token"] + ".lock")
-    life = LockFile(path)
-    dead = life.acquire()
-    life.release()
-    return {
-        "os_pid": row["os_pid"],
-        "alive": not dead,
-        "waits": bool(row["waits"]),
-        "queues": row["queues"].split(","),
-        "started_at": timestamp(row["started_at"]),
-    }
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -4903,7 +6172,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         trouble = manager.store.trouble()
         manager.store.make_run_directory()
         found["processes"] = {state: manager.count(status=state) for state in STATES}
-        runners = [_runner_state(manager, row) for row in manager.store.runners()]
+        runners = manager.store.runner_states()
         holders = [state for state in runners if state["waits"] and state["alive"]]
         found["lock"] = "held by a runner" if holders else "free"
         found["runners"] = runners
@@ -4945,22 +6214,31 @@ _JSON = ("--json", {"action": "store_true", "help": "also on a terminal"})
 _DATA = ("--data", {"metavar": "JSON", "help": "an object; @FILE; -: standard input"})
 _STEP = {"action": "append", "default": [], "metavar": "NAME=SPEC"}
 _NUMBER: Json = {"metavar": "N", "type": int}
-_OPTION_ARGUMENTS = [
-    (
-        "--" + name.replace("_", "-"),
-        {
-            "metavar": option.shown,
-            "type": {"N": int, "FACTOR": float}.get(option.shown, str),
-            "help": option.help
-            + (
-                f" (default {option.default})"
-                if option.default not in (None, {})
-                else ""
-            ),
-        },
-    )
-    for name, option in OPTIONS.items()
-]
+_FLAG: Json = {"action": "store_true"}
+_TYPES: dict[str, Callable[[str], Any]] = {"N": int, "FACTOR": float}
+
+
+def _option_argument(name: str, option: Option) -> tuple[str, Json]:
+    """The flag of a process option, as argparse takes it."""
+    details: Json = {"help": option.help, "default": None}
+    if not option.shown:
+        return "--" + name, {**details, "action": "store_true"}
+    if option.default not in (None, {}):
+        details["help"] += f" (default {option.default})"
+    details.update(metavar=option.shown, type=_TYPES.get(option.shown, str))
+    return "--" + name.replace("_", "-"), details
+
+
+_OPTION_ARGUMENTS = [_option_argument(*item) for item in OPTIONS.items()]
+_FILTER_HELP = (
+    ("status", {"metavar": "STATE", "help": "a state, open or final"}),
+    ("name", {"metavar": "TEXT"}),
+    ("queue", {"metavar": "NAME"}),
+    ("since", {"metavar": "TIME", "help": "ended since, or open and created; 5m: ago"}),
+    ("series", {"metavar": "PID", "help": "runs of a schedule, retries of a process"}),
+    ("parent", {"metavar": "PID", "help": "parts of a process"}),
+)
+_FILTERS_ARGUMENTS = [(f"--{name}", details) for name, details in _FILTER_HELP]
 
 # name: (function, its arguments as argparse takes them, an example)
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] = {
@@ -4983,7 +6261,39 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
             ("--wait", {"action": "store_true", "help": "stay when nothing is due"}),
             ("--max-jobs", {**_NUMBER, "help": "end after N processes"}),
             ("--max-processes", {**_NUMBER, "help": "the same, without --wait"}),
-            ("--max-workers", {**_NUMBER, "help": "at once (default: one a CPU)"}),
+            (
+                "--pm",
+                {
+                    "metavar": "dynamic|static|ondemand",
+                    "default": "dynamic",
+                    "help": "how many workers: from min to max, always min, 0 to max",
+                },
+            ),
+            (
+                "--min-workers --min-children",
+                {**_NUMBER, "help": "at least (default 1; static: one a CPU)"},
+            ),
+            (
+                "--max-workers --max-children",
+                {**_NUMBER, "help": "at once (default: one a CPU)"},
+            ),
+            (
+                "--worker-ttl",
+                {
+                    "metavar": "LENGTH",
+                    "default": WORKER_SECONDS,
+                    "help": "idle so long, those beyond the least leave",
+                },
+            ),
+            (
+                "--concurrency",
+                {
+                    "metavar": "NAME=N",
+                    "action": "append",
+                    "default": [],
+                    "help": "at most N of that name at once, over all runners",
+                },
+            ),
             ("--jobs-per-worker", {**_NUMBER, "help": "then replace the worker"}),
             ("--queue", {"metavar": "A,B", "default": DEFAULT_QUEUE}),
             (
@@ -5010,16 +6320,46 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
     "list": (
         cmd_list,
         [
-            ("--status", {"metavar": "STATE", "help": "a state, open or final"}),
-            ("--name", {"metavar": "TEXT"}),
-            ("--queue", {"metavar": "NAME"}),
+            *_FILTERS_ARGUMENTS,
+            (
+                "--order",
+                {
+                    "metavar": "newest|oldest|due|ended",
+                    "default": "newest",
+                    "help": "which first",
+                },
+            ),
             ("--limit", {**_NUMBER, "default": 50}),
             ("--offset", {**_NUMBER, "default": 0}),
+            ("--watch", {**_FLAG, "help": "again and again, on a terminal"}),
             _JSON,
         ],
-        "python procman.py list --status open",
+        "python procman.py list --status open --since 1h",
     ),
-    "cancel": (cmd_cancel, [_PIDS], "python procman.py cancel 3f2a91"),
+    "count": (cmd_count, _FILTERS_ARGUMENTS, "python procman.py count --status open"),
+    "pause": (cmd_pause, [_PID], "python procman.py pause 3f2a91"),
+    "retry": (
+        cmd_retry,
+        [
+            ("pid", {"metavar": "PID", "nargs": "?"}),
+            ("--step", {"metavar": "NAME", "help": "from there (else what failed)"}),
+            ("--data", {"metavar": "JSON", "help": "merged over the step's input"}),
+            ("--failed", {**_FLAG, "help": "all that failed and were not retried"}),
+            ("--name", {"metavar": "TEXT"}),
+            ("--since", {"metavar": "TIME", "help": "failed since; 5m: ago"}),
+            ("--dry-run", {**_FLAG, "help": "only print what would be retried"}),
+        ],
+        "python procman.py retry --failed --since 2h --dry-run",
+    ),
+    "cancel": (
+        cmd_cancel,
+        [
+            ("pids", {"metavar": "PID", "nargs": "*"}),
+            ("--all", {**_FLAG, "help": "all open ones, and their series"}),
+            *_FILTERS_ARGUMENTS,
+        ],
+        "python procman.py cancel --all --name nightly --status queued",
+    ),
     "wait": (
         cmd_wait,
         [
@@ -5039,6 +6379,26 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
         ],
         "python procman.py logs -f 3f2a91",
     ),
+    "listen": (
+        cmd_listen,
+        [
+            ("pid", {"metavar": "PID", "nargs": "?"}),
+            ("--status", {"metavar": "STATE", "help": "only what leaves it so"}),
+            ("--since", {**_NUMBER, "help": "after event N; 0: from the start"}),
+        ],
+        "python procman.py listen --status final",
+    ),
+    "why": (cmd_why, [_PID], "python procman.py why 3f2a91"),
+    "schedule": (
+        cmd_schedule,
+        [
+            ("what", {"choices": ["preview"]}),
+            ("cron", {"metavar": "CRON", "help": "five fields, or @daily"}),
+            ("--tz", {"metavar": "ZONE", "default": "UTC"}),
+            ("--count", {**_NUMBER, "default": 10}),
+        ],
+        'python procman.py schedule preview "0 3 * * mon-fri" --tz Europe/Berlin',
+    ),
     "prune": (
         cmd_prune,
         [("--older-than", {"metavar": "LENGTH", "default": KEEP_SECONDS})],
@@ -5055,11 +6415,20 @@ def _take_arguments(parser: argparse.ArgumentParser, name: str | None) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=hidden, help="show tracebacks"
     )
-    if name is not None:
-        func, arguments, _ = COMMANDS[name]
-        parser.set_defaults(func=func)
-        for flag, details in arguments:
-            parser.add_argument(*flag.split(), **details)
+    if name is None:
+        return
+    func, arguments, _ = COMMANDS[name]
+    parser.set_defaults(func=func)
+    for flag, details in arguments:
+        argument = parser.add_argument(*flag.split(), **details)
+        text = _variable(argument.dest) if name == "runner" else None
+        if text is not None and argument.nargs != 0:
+            where = "PROCMAN_" + argument.dest.upper()
+            several = isinstance(argument.default, list)
+            found = _typed(text, details.get("metavar", "TEXT"), where)
+            parser.set_defaults(
+                **{argument.dest: text.split(",") if several else found}
+            )
 
 
 def _described(name: str) -> Json:
