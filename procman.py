@@ -1010,9 +1010,13 @@ def check_pid(pid: Any) -> str:
 # 3. Time: pure functions of a given now
 # ===========================================================================
 #
-# When something is due, and what an outcome causes.  No clock, no chance, no I/O.
+# When something is due, and what an outcome causes.  No clock, no chance, no I/O but
+# the reading of time zone data.
 
 _MAX_GROWN = 86400.0  # seconds
+_MAX_CRON = 1000  # characters; all minutes, hours and days in lists take 400
+_CRON_YEARS = 41  # in which each date comes on each weekday, also around 2100
+_CRON_END = 3e10  # epoch seconds, 2920: Windows knows no date after 3000
 
 
 def parse_at(value: Any, where: str = "at") -> float:
@@ -1153,6 +1157,160 @@ def lock_delay(tries: int, chance: float) -> float:
     take the time of the one who writes.
     """
     return min(0.008, 0.0002 * 1.5 ** min(tries, 12)) * (0.5 + chance)
+
+
+# What matches, ascending, Sunday is 0; `meet` is what day-of-month and day-of-week
+# must do together: all or any.
+_Cron = namedtuple("_Cron", "minutes hours days months weekdays meet")
+_Field = namedtuple("_Field", "name low high steps words")
+_CRON_FIELDS = (
+    _Field("minute", 0, 59, 60, ""),
+    _Field("hour", 0, 23, 24, ""),
+    _Field("day-of-month", 1, 31, 31, ""),
+    _Field("month", 1, 12, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
+    _Field("day-of-week", 0, 7, 7, "SUN MON TUE WED THU FRI SAT"),
+)
+_CRON_PART = r"(?:\*|([0-9A-Za-z]+)(?:-([0-9A-Za-z]+))?)(?:/([0-9]+))?"
+_CRON_NAMES = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}  # fmt: skip
+
+
+def _cron_number(text: str, where: str, low: int, high: int, words: str = "") -> int:
+    names = words.split()
+    if text.upper() in names:
+        return low + names.index(text.upper())
+    if not re.fullmatch("[0-9]{1,2}", text) or not low <= int(text) <= high:
+        limits = f"{low} to {high}" + (words and f" or {names[0]} to {names[-1]}")
+        raise BadSpec(f"cron: {where} must be {limits}, not {quoted(text)}")
+    return int(text)
+
+
+def _cron_part(part: str, field: _Field) -> range:
+    """The numbers of one part of a list: `*`, `5`, `1-5`, `*/2` or `1-5/2`."""
+    name, low, high, steps, words = field
+    match = re.fullmatch(_CRON_PART, part)
+    if match is None:
+        forms = "*, 5, 1-5, */2, 1-5/2 or a list of these with commas"
+        raise BadSpec(f"cron: {name} must be {forms}, not {quoted(part)}")
+    step = _cron_number(match[3] or "1", f"a step of {name}", 1, steps)
+    if match[1] is None:
+        return range(low, high + 1, step)
+    first = last = _cron_number(match[1], name, low, high, words)
+    if match[2]:
+        last = _cron_number(match[2], name, low, high, words)
+    elif match[3]:
+        advice = f"{match[1]}-{high}/{match[3]}"
+        raise BadSpec(f"cron: {name} {quoted(part)} has no range: write {advice}")
+    if high == 7 and last == 0 < first:
+        last = 7  # the Sunday that ends FRI-SUN
+    if last < first:
+        advice = f"{match[1]}-{high},{low}-{match[2]}"
+        raise BadSpec(f"cron: {name} {quoted(part)} runs backwards: write {advice}")
+    return range(first, last + 1, step)
+
+
+def _cron_texts(expression: str) -> list[str]:
+    if len(expect(expression, "cron", str, "a text")) > _MAX_CRON:
+        raise BadSpec(f"cron must be at most {_MAX_CRON} characters long")
+    texts = expression.split()
+    if texts == ["@reboot"]:
+        raise BadSpec("cron: '@reboot' is no time: have the system start procman")
+    if texts and texts[0].startswith("@"):
+        texts = _CRON_NAMES.get(" ".join(texts), "").split()
+        if not texts:
+            names = " ".join(_CRON_NAMES)
+            raise BadSpec(f"cron must be one of {names}, not {quoted(expression)}")
+    if len(texts) != len(_CRON_FIELDS):
+        names = " ".join(field.name for field in _CRON_FIELDS)
+        raise BadSpec(f"cron must have five fields ({names}), not {len(texts)}")
+    return texts
+
+
+def _read_cron(expression: str) -> _Cron:
+    texts = _cron_texts(expression)
+    minutes, hours, days, months, weekdays = (
+        sorted({item for part in text.split(",") for item in _cron_part(part, field)})
+        for text, field in zip(texts, _CRON_FIELDS)
+    )
+    # Vixie's cron looks at the first character alone: */2 and *,5 are stars, too.
+    meet = all if "*" in (texts[2][0], texts[4][0]) else any
+    return _Cron(minutes, hours, days, months, {day % 7 for day in weekdays}, meet)
+
+
+def _zone(tz: Any) -> Any:
+    """The tzinfo of an IANA name."""
+    import datetime
+
+    if tz is None or expect_text(tz, "tz") == "UTC":
+        return datetime.timezone.utc
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(tz)
+    except Exception:  # a KeyError, ValueError or OSError, by what bears that name
+        raise BadSpec(
+            f"tz: no data for the time zone {quoted(tz)}: install the package tzdata,"
+            " or check the name"
+        ) from None
+
+
+def _cron_times(cron: _Cron, start: Any) -> Iterator[Any]:
+    """The local times that match, ascending, from the day of `start` on."""
+    from datetime import datetime
+
+    years = range(start.year, start.year + _CRON_YEARS)
+    for year, month in itertools.product(years, cron.months):
+        first = datetime(year, month, 1).toordinal()
+        end = datetime(year + month // 12, month % 12 + 1, 1).toordinal()
+        for day in range(max(first, start.toordinal()), end):
+            date = day - first + 1
+            if not cron.meet((date in cron.days, day % 7 in cron.weekdays)):
+                continue
+            for hour, minute in itertools.product(cron.hours, cron.minutes):
+                yield datetime(year, month, date, hour, minute)
+
+
+def _local(at: float, zone: Any) -> Any:
+    """What the clocks of a zone show, a datetime without zone."""
+    from datetime import datetime
+
+    return datetime.fromtimestamp(at, zone).replace(tzinfo=None)
+
+
+def _instant(local: Any, zone: Any) -> float:
+    """Epoch seconds at which clocks first show a local time, or leap over it."""
+    early, late = (
+        int(local.replace(tzinfo=zone, fold=fold).timestamp()) for fold in (1, 0)
+    )
+    if _local(late, zone) == local:
+        return float(late)
+    while late - early > 1:  # a gap: clocks show less at `early`, more at `late`
+        middle = (early + late) // 2
+        if _local(middle, zone) > local:
+            late = middle
+        else:
+            early = middle
+    return float(late)
+
+
+def next_cron(expression: str, after: float, tz: str | None = None) -> float:
+    """The first moment after `after` at which a cron expression is due.
+
+    Both are epoch seconds; `tz` is an IANA name, None for UTC.  A local time that is
+    left out when clocks go forward is due right after the gap; one that comes twice
+    when they go back is due the first time.  Raises BadSpec or BadType.
+    """
+    cron, zone = _read_cron(expression), _zone(tz)
+    expect_number(after, "after", 0.0, _CRON_END)
+    start = _local(after, zone)
+    # Instants ascend with local times, so what is earlier than `start` was due before.
+    for local in _cron_times(cron, start):
+        if local >= start and _instant(local, zone) > after:
+            return _instant(local, zone)
+    raise BadSpec(f"cron: {quoted(expression)} is never due")
 
 
 # ===========================================================================

@@ -982,6 +982,351 @@ def test_a_waiter_looks_again_after_a_sixteenth_of_its_wait():
         assert procman.poll_delay(waited) == pytest.approx(expected)
 
 
+def at_utc(text):
+    return procman.parse_at(text + "Z")
+
+
+def due_times(count, expression, after, tz=None):
+    """The next due times as ISO 8601 in UTC, to the minute."""
+    found = [at_utc(after)]
+    while len(found) <= count:
+        found.append(procman.next_cron(expression, found[-1], tz))
+    return [time.strftime("%Y-%m-%dT%H:%M", time.gmtime(at)) for at in found[1:]]
+
+
+def has_zone_data():
+    import importlib.util
+    import zoneinfo
+
+    return importlib.util.find_spec("tzdata") is not None or any(
+        Path(place, "Europe", "Berlin").exists() for place in zoneinfo.TZPATH
+    )
+
+
+zoned = pytest.mark.skipif(
+    not has_zone_data(), reason="no zone data: neither of the system nor from tzdata"
+)
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("61 * * * *", "cron: minute must be 0 to 59, not '61'"),
+        ("* 24 * * *", "cron: hour must be 0 to 23, not '24'"),
+        ("* * 0 * *", "cron: day-of-month must be 1 to 31, not '0'"),
+        ("* * * 13 *", "cron: month must be 1 to 12 or JAN to DEC, not '13'"),
+        ("* * * * 8", "cron: day-of-week must be 0 to 7 or SUN to SAT, not '8'"),
+        ("* * * MON *", "cron: month must be 1 to 12 or JAN to DEC, not 'MON'"),
+        ("JAN * * * *", "cron: minute must be 0 to 59, not 'JAN'"),
+        ("007 * * * *", "cron: minute must be 0 to 59, not '007'"),
+        ("\u0663 * * * *", "cron: minute must be *, 5, 1-5, "),
+        ("1,,2 * * * *", "cron: minute must be *, 5, 1-5, */2, 1-5/2 or a list of "),
+        ("-5 * * * *", "cron: minute must be *, "),
+        ("1- * * * *", "cron: minute must be *, "),
+        ("*-5 * * * *", "cron: minute must be *, "),
+        ("1-5/ * * * *", "cron: minute must be *, "),
+        ("\0 * * * *", "cron: minute must be *, "),
+        ("\ud800 * * * *", "cron: minute must be *, "),
+        ("* * L * *", "cron: day-of-month must be 1 to 31, not 'L'"),
+        ("* * 15W * *", "cron: day-of-month must be 1 to 31, not '15W'"),
+        ("* * ? * *", "cron: day-of-month must be *, "),
+        ("* * * * 5#2", "cron: day-of-week must be *, "),
+        ("*/0 * * * *", "cron: a step of minute must be 1 to 60, not '0'"),
+        ("*/61 * * * *", "cron: a step of minute must be 1 to 60, not '61'"),
+        ("* * * * */8", "cron: a step of day-of-week must be 1 to 7, not '8'"),
+        ("5/15 * * * *", "cron: minute '5/15' has no range: write 5-59/15"),
+        ("* * * JAN/3 *", "cron: month 'JAN/3' has no range: write JAN-12/3"),
+        ("50-10 * * * *", "cron: minute '50-10' runs backwards: write 50-59,0-10"),
+        ("* * * * SAT-2", "cron: day-of-week 'SAT-2' runs backwards: write SAT-7,0-2"),
+        ("", "cron must have five fields (minute hour day-of-month month day-of-week)"),
+        ("* * * *", "cron must have five fields (minute hour day-of-month month day"),
+        ("* * * * * *", "cron must have five fields (minute hour day-of-month month"),
+        ("@reboot", "cron: '@reboot' is no time: have the system start procman"),
+        ("@often", "cron must be one of @yearly @annually @monthly @weekly @daily "),
+        ("@daily *", "cron must be one of @yearly "),
+        ("* " * 10**7, "cron must be at most 1000 characters long"),
+        ("9" * 990 + " * * * *", "cron: minute must be 0 to 59, not '999"),
+        ("*/" + "9" * 990 + " * * * *", "cron: a step of minute must be 1 to 60"),
+        (5, "cron must be a text, not int"),
+        (None, "cron must be a text, not NoneType"),
+        (b"* * * * *", "cron must be a text, not bytes"),
+    ],
+    ids=range(39),
+)
+def test_what_is_no_cron_expression_is_refused_with_its_field_and_what_is_allowed(
+    expression, text
+):
+    with pytest.raises(procman.BadSpec) as caught:
+        procman.next_cron(expression, TIME_OF_NOTE)
+    assert str(caught.value).startswith(text)
+    assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+    assert isinstance(caught.value, TypeError) != isinstance(expression, str)
+    advice = re.search(": write (.+)", str(caught.value))
+    if advice:
+        texts = ["*" if item == "*" else advice[1] for item in expression.split()]
+        assert procman.next_cron(" ".join(texts), TIME_OF_NOTE) > TIME_OF_NOTE
+
+
+@pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), 4e10, True, "1"])
+def test_the_moment_after_which_cron_is_due_must_be_one(after):
+    with pytest.raises(procman.BadSpec, match="^after must be "):
+        procman.next_cron("* * * * *", after)
+
+
+@pytest.mark.parametrize(
+    ("expression", "same"),
+    [
+        ("  0\t9-17 \n * * MON-FRI ", "0 9,10,11,12,13,14,15,16,17 * * 1,2,3,4,5"),
+        ("0 0 * jan,Mar,DEC sUn", "0 0 * 1,3,12 0"),
+        ("0 0 * * 7", "0 0 * * 0"),
+        ("0 0 * * fri-sun", "0 0 * * 0,5,6"),
+        ("0 0 * * FRI-0", "0 0 * * 0,5,6"),
+        ("0 0 * * SUN-TUE", "0 0 * * 0,1,2"),
+        ("0 0 * * SUN-SUN", "0 0 * * 0"),
+        ("0 0 * * 0-7", "0 0 * * *"),
+        ("0 0 * * 1-7/3", "0 0 * * 0,1,4"),
+        ("*/15 * * * *", "0,15,30,45 * * * *"),
+        ("5-59/15 * * * *", "5,20,35,50 * * * *"),
+        ("3-3/2 * * * *", "3 * * * *"),
+        ("1-9/4,40,7-8 05 * * *", "1,5,7,8,9,40 5 * * *"),
+        ("*/60 */24 */31 */12 *", "0 0 1 1 *"),
+        ("@yearly", "0 0 1 1 *"),
+        ("@annually", "0 0 1 1 *"),
+        ("@monthly", "0 0 1 * *"),
+        ("@weekly", "0 0 * * SUN"),
+        ("@daily", "0 0 * * *"),
+        (" @midnight\n", "0 0 * * *"),
+        ("@hourly", "0 * * * *"),
+    ],
+)
+def test_names_ranges_lists_and_steps_of_cron_say_what_numbers_would(expression, same):
+    found = due_times(60, expression, "2024-02-27T12:00")
+    assert found == due_times(60, same, "2024-02-27T12:00")
+
+
+@pytest.mark.parametrize(
+    ("expression", "after", "expected"),
+    [
+        ("* * * * *", "2024-02-28T23:59", "2024-02-29T00:00"),
+        ("* * * * *", "2024-02-28T23:59:59.999", "2024-02-29T00:00"),
+        ("0 0 * * *", "2024-02-29T00:00", "2024-03-01T00:00"),
+        ("0 0 29 2 *", "2024-02-29T00:00", "2028-02-29T00:00"),
+        ("0 0 29 2 */7", "2088-02-29T00:00", "2128-02-29T00:00"),
+        ("59 23 31 12 *", "2024-12-31T23:59", "2025-12-31T23:59"),
+        # 2024-03-13 is a Wednesday.  Either matches, if neither begins with a star:
+        ("0 0 20 * FRI", "2024-03-13T00:00", "2024-03-15T00:00"),
+        ("0 0 14 * FRI", "2024-03-13T00:00", "2024-03-14T00:00"),
+        ("0 0 14 * 0-7", "2024-03-14T00:00", "2024-03-15T00:00"),
+        ("0 0 14,* * FRI", "2024-03-15T00:00", "2024-03-16T00:00"),
+        # ... else both:
+        ("0 0 * * FRI", "2024-03-13T00:00", "2024-03-15T00:00"),
+        ("0 0 13 * *", "2024-03-13T00:00", "2024-04-13T00:00"),
+        ("0 0 */2 * SAT", "2024-03-13T00:00", "2024-03-23T00:00"),
+        ("0 0 20 * */5", "2024-03-13T00:00", "2024-09-20T00:00"),
+        ("0 0 *,14 * FRI", "2024-03-15T00:00", "2024-03-22T00:00"),
+    ],
+)
+def test_when_cron_is_due(expression, after, expected):
+    assert due_times(1, expression, after) == [expected]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["0 0 31 2 *", "0 0 30,31 2 */2", "* * 31 2,4,6,9,11 *", "0 0 30-31 FEB *"],
+)
+def test_cron_that_can_never_be_due_is_refused_at_once(expression):
+    start = time.perf_counter()
+    with pytest.raises(procman.BadSpec) as caught:
+        procman.next_cron(expression, TIME_OF_NOTE)
+    assert str(caught.value) == f"cron: '{expression}' is never due"
+    with contextlib.suppress(procman.BadSpec):
+        procman.next_cron("0 0 29 2 *", TIME_OF_NOTE)
+    assert time.perf_counter() - start < 0.05
+
+
+@zoned
+@pytest.mark.parametrize(
+    ("tz", "expression", "after", "expected"),
+    [
+        # 02:00 became 03:00 at 01:00 UTC:
+        ("Europe/Berlin", "30 2 * * *", "2024-03-30T12:00", "31T01:00 01T00:30"),
+        ("Europe/Berlin", "*/20 2 * * *", "2024-03-30T12:00", "31T01:00 01T00:00"),
+        ("Europe/Berlin", "0 2,3 * * *", "2024-03-30T12:00", "31T01:00 01T00:00"),
+        ("Europe/Berlin", "5 * * * *", "2024-03-31T00:05", "31T01:00 31T01:05"),
+        # 03:00 became 02:00 at 01:00 UTC:
+        ("Europe/Berlin", "30 2 * * *", "2024-10-26T12:00", "27T00:30 28T01:30"),
+        ("Europe/Berlin", "30 * * * *", "2024-10-27T00:00", "27T00:30 27T02:30"),
+        ("Europe/Berlin", "30 * * * *", "2024-10-27T01:10", "27T02:30 27T03:30"),
+        ("Europe/Berlin", "0 3 * * *", "2024-10-27T01:10", "27T02:00 28T02:00"),
+        ("America/New_York", "30 2 * * *", "2024-03-10T00:00", "10T07:00 11T06:30"),
+        ("America/New_York", "30 1 * * *", "2024-11-03T00:00", "03T05:30 04T06:30"),
+        # 02:00 became 02:30 at 15:30 UTC, and 02:00 became 01:30 at 15:00 UTC:
+        ("Australia/Lord_Howe", "15 2 * * *", "2024-10-05T00:00", "05T15:30 06T15:15"),
+        ("Australia/Lord_Howe", "45 1 * * *", "2024-04-06T00:00", "06T14:45 07T15:15"),
+        # The day after the 29th was the 31st, from 10:00 UTC on:
+        ("Pacific/Apia", "0 9 30 12 *", "2011-12-01T00:00", "30T10:00 29T19:00"),
+        ("Pacific/Apia", "0 0,9 * * *", "2011-12-29T20:00", "30T10:00 30T19:00"),
+        ("Asia/Kolkata", "0 0 * * *", "2024-01-01T00:00", "01T18:30 02T18:30"),
+    ],
+)
+def test_cron_keeps_the_time_of_the_wall_when_clocks_change(
+    tz, expression, after, expected
+):
+    found = due_times(2, expression, after, tz)
+    assert " ".join(at[-8:] for at in found) == expected
+
+
+def wall_minutes(tz, start, days):
+    """(epoch seconds, local time) of each minute, with no thought of folds or gaps."""
+    import datetime
+    import zoneinfo
+
+    zone = zoneinfo.ZoneInfo(tz)
+    for at in range(int(start), int(start + days * 86400), 60):
+        shown = datetime.datetime.fromtimestamp(at, zone).replace(tzinfo=None)
+        yield at, shown
+
+
+@zoned
+@pytest.mark.parametrize(
+    ("tz", "after"),
+    [
+        ("Europe/Berlin", "2024-03-30T00:00"),
+        ("Europe/Berlin", "2024-10-26T00:00"),
+        ("America/New_York", "2024-11-02T00:00"),
+        ("Australia/Lord_Howe", "2024-04-06T00:00"),
+        ("Australia/Lord_Howe", "2024-10-05T00:00"),
+        ("Pacific/Apia", "2011-12-28T12:00"),
+        ("Africa/Casablanca", "2024-04-13T00:00"),
+        ("America/Caracas", "2016-04-30T12:00"),
+        ("Asia/Pyongyang", "2018-05-04T00:00"),
+    ],
+)
+def test_cron_is_due_at_the_first_moment_at_which_a_clock_shows_or_leaps_over_it(
+    tz, after
+):
+    import datetime
+
+    minute, expected = datetime.timedelta(minutes=1), {}
+    for at, shown in wall_minutes(tz, at_utc(after), 3):
+        latest = max(expected, default=shown - minute)
+        while latest < shown:
+            latest += minute
+            expected[latest] = at
+    for step, hours in ((7, range(24)), (20, range(1, 4)), (60, (0,))):
+        moments = sorted(
+            {
+                at
+                for shown, at in expected.items()
+                if shown.minute % step == 0 and shown.hour in hours
+            }
+        )
+        expression = f"*/{step} {','.join(map(str, hours))} * * *"
+        found = [at_utc(after) - 1]
+        for _ in moments:
+            found.append(procman.next_cron(expression, found[-1], tz))
+        assert found[1:] == moments, expression
+
+
+@pytest.mark.parametrize(
+    "tz",
+    ["/etc/localtime", "../zoneinfo/Europe/Berlin", "Europe/../UTC", "Europe/"]
+    + ["Europe", "tzdata.zi", "leapseconds", "zone.tab", "Europe/Berlin/x", "No/Where"]
+    + ["", " UTC", "x" * 5000, "Europe/Berlin\0", "a\nb", "\ud800", ".", "C:\\x"]
+    + [5, b"UTC", []],
+    ids=range(21),
+)
+def test_what_is_no_time_zone_is_refused(tz):
+    with pytest.raises(procman.BadSpec) as caught:
+        procman.next_cron("* * * * *", TIME_OF_NOTE, tz)
+    text = str(caught.value)
+    assert len(text) < 200 and text.isprintable()
+    if not isinstance(tz, str):
+        kind = type(tz).__name__
+        assert isinstance(caught.value, procman.BadType)
+        assert text == f"tz must be a text, not {kind}"
+    elif tz.isprintable() and 0 < len(tz) < 200:
+        advice = "install the package tzdata, or check the name"
+        assert text == f"tz: no data for the time zone {tz!r}: {advice}"
+    else:
+        assert text.startswith("tz must be 1 to 200 printable characters, not ")
+
+
+def test_utc_needs_no_zone_data_and_another_zone_says_how_to_get_it(home):
+    code = f"""
+import importlib.util, sys
+assert importlib.util.find_spec("tzdata") is None
+sys.path.insert(0, {str(HERE)!r})
+import procman
+print(procman.next_cron("0 13 * * *", {TIME_OF_NOTE}))
+print(procman.next_cron("0 13 * * *", {TIME_OF_NOTE}, "UTC"))
+print("zoneinfo" in sys.modules)
+try:
+    procman.next_cron("0 13 * * *", {TIME_OF_NOTE}, "Europe/Berlin")
+except procman.BadSpec as error:
+    print(error)
+"""
+    child = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # -S: no tzdata from site-packages
+        env={**os.environ, "PYTHONTZPATH": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    assert child.stdout.decode().splitlines() == [
+        str(TIME_OF_NOTE + 106),
+        str(TIME_OF_NOTE + 106),
+        "False",
+        "tz: no data for the time zone 'Europe/Berlin': install the package tzdata,"
+        " or check the name",
+    ]
+
+
+def random_field(chance, low, high, names=()):
+    """One field in any form but a step from a single value, which we refuse."""
+    parts = []
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        first, last = sorted(chance.sample(range(low, high + 1), 2))
+        step = chance.randint(1, (high - low + 1) // 2)
+        words = [str(first), str(last)]
+        if names and last - low < len(names) and chance.random() < 0.5:
+            words = [names[first - low], names[last - low]]
+        forms = ("*", "*/{2}", "{0}", "{0}-{1}", "{0}-{1}/{2}", "{0}")
+        parts.append(chance.choice(forms).format(*words, step))
+    return ",".join(parts)
+
+
+def random_cron(chance):
+    weekdays = ["SUN", "mon", "Tue", "WED", "THU", "fri", "SAT"]
+    months = ["JAN", "feb", "Mar", "APR", "MAY", "jun", "JUL", "AUG", "sep", "OCT"]
+    months += ["NOV", "dec"]
+    fields = [
+        random_field(chance, 0, 59),
+        random_field(chance, 0, 23),
+        random_field(chance, 1, 31) if chance.random() < 0.7 else "*",
+        random_field(chance, 1, 12, months) if chance.random() < 0.5 else "*",
+        random_field(chance, 0, 7, weekdays) if chance.random() < 0.7 else "*",
+    ]
+    return chance.choice((" ", "\t", "  ")).join(fields)
+
+
+def test_the_next_thousand_due_times_of_cron_are_those_of_an_established_library():
+    import datetime
+
+    from cronsim import CronSim
+
+    chance = random.Random(20240229)
+    for _ in range(60):
+        expression = random_cron(chance)
+        at = chance.uniform(0, 4e9)
+        start = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
+        peer = CronSim(expression, start)
+        for _ in range(1000):
+            at = procman.next_cron(expression, at)
+            assert at == next(peer).timestamp(), (expression, start)
+
+
 # ===========================================================================
 # 4. Platform
 # ===========================================================================
