@@ -1086,7 +1086,7 @@ def successor_due(
         # A clock that is set back by a little makes no second run of the same minute.
         after = due if now < due <= now + 60 else now
         return next_cron(option("cron"), after, option("tz"))
-    interval = max(0.0, option("interval"))
+    interval: float = max(0.0, option("interval"))
     from_start = option("interval_from") == "start"
     then = started + interval if from_start else now + interval
     then = max(now, then, started + MIN_INTERVAL_SECONDS)
@@ -1099,7 +1099,7 @@ def counted_anew(
     """When what is queued is due by a clock that has been set back to `now`."""
     if option("cron") is not None and row["started_at"] is None:
         return next_cron(option("cron"), now, option("tz"))
-    return now + max(0.0, row["due_at"] - row["due_from"])
+    return now + max(0.0, float(row["due_at"] - row["due_from"]))
 
 
 def retry_delay(attempt: int, interval: float, backoff: float, chance: float) -> float:
@@ -2655,7 +2655,7 @@ class Records(Database):
              WHERE {" AND ".join(terms)} ORDER BY event.number LIMIT 500""",
             parameters,
         )
-        return [event_record(row) for row in rows]
+        return [event_record(dict(row)) for row in rows]
 
     # --- runners -----------------------------------------------------------
 
@@ -2928,7 +2928,7 @@ class Store(Records):
         sql = "SELECT pid, status FROM process WHERE pid = ?"
         taken = db.execute(sql, (new.pid,)).fetchone()
         if taken is not None:
-            raise NotUnique(*taken, "there is a process")
+            raise NotUnique(taken["pid"], taken["status"], "there is a process")
         return None
 
     @staticmethod
@@ -4816,6 +4816,14 @@ class ProcessManager:
             if callback(event) is True:
                 return
 
+    def preview(self, cron: str, tz: str = "UTC", count: int = 10) -> list[float]:
+        """The next times at which a cron expression is due, in epoch seconds."""
+        expect_number(count, "count", 1, 10_000)
+        times: list[float] = []
+        for _ in range(count):
+            times.append(next_cron(cron, times[-1] if times else self.store.now(), tz))
+        return times
+
     def why(self, pid: str) -> str:
         """One sentence on why a process is not running, or that it is."""
         return self.store.why(pid)
@@ -5063,27 +5071,27 @@ class PoolSize(namedtuple("PoolSize", "least most ttl")):
 
     __slots__ = ()
 
-    @classmethod
-    def chosen(
-        cls, manner: str, least: int | None, most: int | None, ttl: float
-    ) -> PoolSize:
-        """static ignores `most`, ondemand `least`; None stands for a default."""
-        for value, name, low in ((least, "min_workers", 0), (most, "max_workers", 1)):
-            if value is not None:
-                expect_number(value, name, low, 2**31)
-        many = os.cpu_count() or 1
-        if manner == "static":
-            fixed = many if least is None else least
-            return cls(*[expect_number(fixed, "min_workers", 1, 2**31)] * 2, ttl)
-        if manner == "ondemand":
-            return cls(0, most or many, ttl)
-        if manner != "dynamic":
-            known = "dynamic, static, ondemand"
-            raise BadSpec(f"pm must be one of {known}, not {quoted(manner)}")
-        if least is not None and most is not None and least > most:
-            raise BadSpec(f"min_workers is {least}, more than max_workers, {most}")
-        least = 1 if least is None else least
-        return cls(least, most or max(many, least), ttl)
+
+def pool_size(
+    manner: str, least: int | None, most: int | None, ttl: float
+) -> PoolSize:
+    """How many workers: static ignores `most`, ondemand `least`; None: a default."""
+    for value, name, low in ((least, "min_workers", 0), (most, "max_workers", 1)):
+        if value is not None:
+            expect_number(value, name, low, 2**31)
+    many = os.cpu_count() or 1
+    if manner == "static":
+        fixed = expect_number(many if least is None else least, "min_workers", 1, 2**31)
+        return PoolSize(fixed, fixed, ttl)
+    if manner == "ondemand":
+        return PoolSize(0, most or many, ttl)
+    if manner != "dynamic":
+        known = "dynamic, static, ondemand"
+        raise BadSpec(f"pm must be one of {known}, not {quoted(manner)}")
+    if least is not None and most is not None and least > most:
+        raise BadSpec(f"min_workers is {least}, more than max_workers, {most}")
+    least = 1 if least is None else least
+    return PoolSize(least, most or max(many, least), ttl)
 
 
 class Pool:
@@ -5293,7 +5301,8 @@ class Pool:
         """How many more workers there may be just now."""
         if time.monotonic() < self.spawn_after:
             return 0
-        return max(0, self._size.most - len(self._shared()))
+        most: int = self._size.most
+        return max(0, most - len(self._shared()))
 
     def room(self) -> int:
         """How many more steps could begin soon."""
@@ -5496,7 +5505,7 @@ class Runner:
             "database": self._store.path,
         }
         ttl = seconds(worker_ttl, "worker_ttl")
-        size = PoolSize.chosen(pm, min_workers, max_workers, ttl)
+        size = pool_size(pm, min_workers, max_workers, ttl)
         files = self._store.run_directory
         self._pool = Pool(files, self._token, hello, size, self._wake)
         self._pool.grace = seconds(grace, "grace")
@@ -6243,7 +6252,7 @@ def _with_bar(
             try:
                 pause = next(waiting)
             except StopIteration as end:
-                return end.value
+                return list(end.value)
             if time.monotonic() - shown_at > 0.2:
                 shown_at = time.monotonic()
                 print(f"\r{_bar(manager, pids)[:78]}\x1b[K", end="", file=sys.stderr)
@@ -6302,10 +6311,7 @@ def cmd_why(args: argparse.Namespace) -> int:
 
 def cmd_schedule(args: argparse.Namespace) -> int:
     """Print when a cron expression is due next."""
-    expect_number(args.count, "--count", 1, 10_000)
-    at = time.time()
-    for _ in range(args.count):
-        at = next_cron(args.cron, at, args.tz)
+    for at in _manager(args).preview(args.cron, args.tz, args.count):
         print(timestamp(at))
     return DONE
 

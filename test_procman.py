@@ -688,7 +688,7 @@ def test_every_option_has_a_place_in_the_record_or_in_what_happens(manager, cloc
     elsewhere = dict.fromkeys(("at", "cron", "tz", "once"))
     assert {**options, **elsewhere}.keys() == procman.OPTIONS.keys()
     info = manager.get_process_info(
-        manager.start_process(steps("m:f", **options, **{"at": None, "once": None}))
+        manager.start_process(steps("m:f", at=None, once=None, **options))
     )
     assert info.pid == info.series == options["pid"]
     assert (info.name, info.queue, info.priority) == ("näme of it", "q.1_-Q", -5)
