@@ -4132,6 +4132,212 @@ def test_a_runner_refuses_options_that_make_no_sense(manager, option, value):
         Runner(manager, **{option: value})
 
 
+# --- how many workers ------------------------------------------------------
+
+
+def workers_of(child):
+    """The os_pids of the workers that a runner has just now (POSIX)."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, check=True
+    ).stdout.decode()
+    rows = [line.split() for line in listed.splitlines()]
+    return {
+        int(pid) for pid, parent, state in rows
+        if int(parent) == child.pid and not state.startswith("Z")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "idle", "busy"),
+    [
+        (["--min-workers", "2", "--max-workers", "3"], 2, 3),
+        (["--min-children", "0", "--max-children", "2"], 0, 2),
+        (["--pm", "static", "--min-workers", "3", "--max-workers", "1"], 3, 3),
+        (["--pm", "ondemand", "--min-workers", "2", "--max-workers", "2"], 0, 2),
+    ],
+)
+@posix
+def test_a_pool_has_as_many_workers_as_its_manner_says(live, home, words, idle, busy):
+    with running(live, *words, "--worker-ttl", "0.2") as child:
+        eventually(lambda: len(workers_of(child)) == idle)
+        gate, seen = home / "gate", set()
+        wait = f"while ! test -e {gate}; do sleep 0.02; done"
+        pids = live.start_many([steps({"shell": wait})] * 5)
+
+        def as_many_as_run():
+            seen.add(len(workers_of(child)))
+            return live.count(status="running") == busy
+        eventually(as_many_as_run)
+        assert max(seen) <= busy
+        gate.touch()
+        live.wait_all(pids, 30)
+        eventually(lambda: len(workers_of(child)) == idle)
+    assert statuses(live, pids) == ["finished"] * 5
+
+
+@posix
+def test_a_worker_that_is_killed_while_idle_is_replaced(live):
+    with running(live, "--min-workers", "2", "--max-workers", "2") as child:
+        before = eventually(lambda: len(workers_of(child)) == 2 and workers_of(child))
+        os.kill(min(before), signal.SIGKILL)
+        after = eventually(
+            lambda: min(before) not in workers_of(child)
+            and len(workers_of(child)) == 2
+            and workers_of(child)
+        )
+        assert max(before) in after, "the other one was left alone"
+        assert live.wait(live.start_process(steps("steps:nothing")), 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_workers": 3, "max_workers": 2}, "min_workers is 3, more than"),
+        ({"pm": "static", "min_workers": 0}, "min_workers must be 1 to"),
+        ({"pm": "often"}, "pm must be one of dynamic, static, ondemand"),
+        ({"min_workers": -1}, "min_workers must be 0 to"),
+        ({"max_workers": 0}, "max_workers must be 1 to"),
+        ({"max_workers": 1.5}, "max_workers must be a whole number"),
+        ({"worker_ttl": "soon"}, "worker_ttl must be seconds"),
+        ({"concurrency": {"a": 0}}, "concurrency.'a' must be 1 to"),
+        ({"concurrency": {"": 1}}, "a name in concurrency"),
+        ({"concurrency": ["a"]}, "concurrency must be a JSON object"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(manager, options, words):
+    with pytest.raises(procman.BadSpec, match=re.escape(words)):
+        Runner(manager, **options)
+
+
+def test_dedicated_processes_have_workers_of_their_own_beside_a_full_pool(live, home):
+    ledger = home / "ledger"
+    with running(live, "--max-workers", "1"):
+        [busy] = live.start_many([steps("steps:hang")])
+        eventually(lambda: live.get_process_status(busy) == "running")
+        process = steps(*["steps:ledger"] * 3, dedicated=True)
+        own = live.start_many([(process, {"ledger": str(ledger)})] * 4)
+        plain = live.start_process(steps("steps:ledger"))
+        assert [info.status for info in live.wait_all(own, 30)] == ["finished"] * 4
+        assert statuses(live, [busy, plain]) == ["running", "queued"]
+        live.cancel(busy)
+        assert live.wait(plain, 30).status == "finished"
+    owners = {}
+    for line in ledger.read_text().splitlines():
+        key, os_pid = line.split()
+        owners.setdefault(key.partition(".")[0], set()).add(os_pid)
+    assert sorted(map(len, owners.values())) == [1] * 4, "one worker for all its steps"
+    assert len(set.union(*owners.values())) == 4, "and for no other process"
+
+
+def test_a_dedicated_process_is_cancelled_timed_out_retried_and_paused_as_any(live):
+    with running(live, "--max-workers", "1"):
+        slow = live.start_process(steps("steps:hang", dedicated=True))
+        late = live.start_process(steps("steps:hang", dedicated=True, timeout=0.5))
+        again = live.start_process(
+            steps("steps:fail", dedicated=True, retry=2, retry_interval=0)
+        )
+        asks = live.start_process(steps("steps:Ask", "steps:nothing", dedicated=True))
+        eventually(lambda: live.get_process_status(slow) == "running")
+        live.cancel(slow)
+        found = live.wait_all([slow, late, again, asks], 30)
+        assert [info.status for info in found] == [
+            *("cancelled", "timeout", "error", "interrupted")
+        ]
+        assert found[2].attempt == 3
+        live.proceed(asks)
+        assert live.wait(asks, 30).output["question"] == "go on?"
+
+
+def test_a_runner_that_is_stopped_gives_its_dedicated_processes_back(live):
+    with running(live, "--max-workers", "1") as child:
+        pids = live.start_many([steps("steps:hang", dedicated=True)] * 3)
+        eventually(lambda: statuses(live, pids) == ["running"] * 3)
+        child.terminate()
+        assert child.wait(20) == 0
+    found = [live.get_process_info(pid) for pid in pids]
+    assert [(info.status, info.attempt, info.crashes) for info in found] == [
+        ("queued", 1, 0)
+    ] * 3
+
+
+def test_max_jobs_counts_dedicated_processes_too(manager):
+    manager.start_many([steps("steps:nothing", dedicated=True)] * 3)
+    assert drain(manager, max_jobs=1) == 1
+    manager.start_many([steps("steps:nothing")] * 3)
+    assert drain(manager, max_jobs=4) == 4
+    assert drain(manager) == 1
+
+
+def most_at_once(ledger):
+    """How many ran at the same time, by lines `+ word` and `- word`."""
+    most, running = {}, {}
+    for line in ledger.read_text().splitlines():
+        sign, word = line.split()
+        running[word] = running.get(word, 0) + (1 if sign == "+" else -1)
+        most[word] = max(most.get(word, 0), running[word])
+    return most
+
+
+CONCURRENT = """
+import os, time
+def mark(data):
+    with open(data["ledger"], "ab", 0) as file:
+        file.write(b"+ %s\\n" % data["name"].encode())
+        time.sleep(0.02)
+        file.write(b"- %s\\n" % data["name"].encode())
+"""
+
+
+def test_at_most_so_many_of_a_name_run_at_once_over_all_runners(live, home):
+    (home / "at_once.py").write_text(CONCURRENT, encoding="utf-8")
+    ledger = home / "ledger"
+    limits = ["--concurrency", "two=2", "--concurrency", "one=1", "--max-workers", "4"]
+    pids = live.start_many(
+        (steps("at_once.py:mark", name=name), {"ledger": str(ledger), "name": name})
+        for name in ("two", "one", "many", "many") * 12
+    )
+    runners = [spawn("runner", *limits, "--db", live.path) for _ in range(3)]
+    for runner in runners:
+        assert runner.wait(60) == 0, runner.stderr.read()
+        runner.communicate()
+    assert set(statuses(live, pids)) == {"finished"}
+    most = most_at_once(ledger)
+    assert (most["one"], most["two"]) == (1, 2)
+    assert most["many"] > 2
+
+
+def test_a_name_of_which_enough_run_holds_nothing_else_up(live, home):
+    gate = home / "gate"
+    wait = {"shell": f"while ! test -e {gate}; do sleep 0.02; done"}
+    if WINDOWS:
+        wait = {"call": "steps:hang"}
+    with running(live, "--concurrency", "api=1", "--max-workers", "2"):
+        first, second = live.start_many([steps(wait, name="api")] * 2)
+        other = live.start_process(steps("steps:nothing", name="other"))
+        assert live.wait(other, 30).status == "finished"
+        assert sorted(statuses(live, [first, second])) == ["queued", "running"]
+        assert "as many named 'api' run as may" in live.why(second)
+        live.cancel(first)
+        eventually(lambda: live.get_process_status(second) == "running")
+        live.cancel(second)
+        eventually(lambda: live.get_process_status(second) == "cancelled")
+
+
+# --- schedules -------------------------------------------------------------
+
+
+def test_a_runner_follows_a_series_at_its_interval_and_never_faster_than_may_be(live):
+    often = live.start_process(steps("steps:nothing", interval=-1))
+    with running(live):
+        eventually(lambda: live.count(series=often) >= 8)
+        assert len(live.cancel_all(series=often)) >= 1
+        eventually(lambda: live.count(series=often, status="open") == 0)
+    runs = live.list_processes(series=often, order="oldest", limit=1000)
+    begun = [info.started_at for info in runs if info.started_at]
+    assert min(late - early for early, late in zip(begun, begun[1:])) >= 0.05
+    assert {info.series for info in runs} == {often}
+
+
 # ===========================================================================
 # 10. Command line
 # ===========================================================================
