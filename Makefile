@@ -33,7 +33,7 @@ test-all: ## runs the tests on every CPython from 3.9 to 3.13 found; SKIP=3.11 l
 .PHONY: test-windows
 test-windows: ## runs the tests on a Windows CPython under Wine (Linux; root, to install Wine)
 	@mkdir -p "$(CACHE)"
-	@flock --close "$(CACHE)/windows.lock" .ci/windows "$(PYTHON)" $(PYTEST) $(ARGS)
+	@flock --close "$(CACHE)/windows.lock" .ci/windows "$(PYTHON)" "$(PYTEST)" $(ARGS)
 
 .PHONY: bench
 bench: ## prints procman's speed beside its peers'; ROUNDS=5, LONG=1, ARGS="idle latency"

@@ -2848,18 +2848,17 @@ class Store(Records):
         if not first:
             raise StorageError(f"the database {self.path} has no room for another id")
         rows, inputs, stepless = [], [], []
-        numbers: dict[str, tuple[int, bool]] = {}  # of definitions; whether they repeat
+        numbers: dict[str, int] = {}  # of the definitions
         for row_id, new in enumerate(submissions, first):
             text, options = new.definition, new.options
-            if text not in numbers:
-                repeats = Definition(text).repeats()
-                numbers[text] = self._definition_id(db, text), repeats
-            number, repeats = numbers[text]
+            number = numbers.get(text)
+            if number is None:
+                number = numbers[text] = self._definition_id(db, text)
             described = (options["queue"], options["priority"], new.due_at, now)
-            more = (new.due_from, options["dedicated"], new.once_key)
+            more = (options["name"], new.due_from, options["dedicated"], new.once_key)
+            repeats = options["interval"] is not None or options["cron"] is not None
             series = new.pid if repeats else None
-            key = (row_id, new.pid, number)
-            rows.append((*key, *described, options["name"], *more, series))
+            rows.append((row_id, new.pid, number, *described, *more, series))
             inputs.append((row_id, new.data))
             if text.startswith('{"steps":{},'):
                 stepless.append(Move(row_id))
