@@ -2418,7 +2418,6 @@ class Database:
         return self.read("PRAGMA data_version")[0][0], self._commits
 
 
-WISH_RUN, WISH_SERIES = 1, 2  # values of cancel_requested
 _OPEN = {"status": "open"}  # a filter
 _NUMBERS = ("claim", "attempt", "crashes", "step_index")  # of a row that is claimed
 
@@ -2426,6 +2425,15 @@ _NUMBERS = ("claim", "attempt", "crashes", "step_index")  # of a row that is cla
 def _whole(value: Any) -> int:
     """A number that is one, unless a row has been edited by hand."""
     return value if isinstance(value, int) else 0
+
+
+WISH_RUN, WISH_SERIES = 1, 2  # values of cancel_requested
+_ORDERS = {
+    "newest": "process.id DESC",
+    "oldest": "process.id",
+    "due": "process.due_at, process.id",
+    "ended": "process.finished_at DESC, process.id DESC",
+}
 
 
 class Records(Database):
@@ -2590,23 +2598,22 @@ class Records(Database):
             return pid
         return str(row["series"] or row["pid"])
 
-    _ORDERS = {  # noqa: RUF012
-        "newest": "process.id DESC",
-        "oldest": "process.id",
-        "due": "process.due_at, process.id",
-        "ended": "process.finished_at DESC, process.id DESC",
-    }
+    def series_goes_on(self, pid: str) -> bool:
+        """Whether a run that was cancelled will be followed by another."""
+        row = self.find(pid)
+        repeats = self.definition(row["definition"]).repeats()
+        return repeats and row["cancel_requested"] == WISH_RUN
 
     def select(
         self, filters: Mapping[str, Any], *, order: str, limit: int, offset: int
     ) -> list[ProcessInfo]:
         """Records of those that pass the filters (`check_filters`)."""
-        if order not in self._ORDERS:
-            known = ", ".join(self._ORDERS)
+        if order not in _ORDERS:
+            known = ", ".join(_ORDERS)
             raise BadSpec(f"order must be one of {known}, not {quoted(order)}")
         where, parameters = self._filter(filters)
         return self._infos(
-            f"{where} ORDER BY {self._ORDERS[order]} LIMIT ? OFFSET ?",
+            f"{where} ORDER BY {_ORDERS[order]} LIMIT ? OFFSET ?",
             (*parameters, limit, offset),
         )
 
@@ -4594,7 +4601,9 @@ class ProcessManager:
     def cancel(self, pid: str) -> str:
         """Cancel an open process; a running one is ended by its runner, then cancelled.
 
-        Acknowledged is kept: it ends as cancelled even if its last step just ended.
+        Acknowledged is kept: it ends as cancelled even if its last step just ended.  To
+        cancel the queued run of a series ends the series; to cancel a run that has
+        begun ends only that run.
         """
         with self._verb() as db:
             return self.store.cancel(db, pid)
@@ -5319,12 +5328,13 @@ class Pool:
         own = {worker.own: worker for worker in self.workers if not worker.leaving}
         own.pop(None, None)
         for held in [held for held in self.ready if held.dedicated]:
+            self.ready.remove(held)
             if held.id not in own and self.dedicated_room():
                 own[held.id] = self.add_worker(held.id)
-            worker = own.pop(held.id, None)
-            if worker is not None:
-                self.ready.remove(held)
-                worker.give(held)
+            if held.id in own:
+                own.pop(held.id).give(held)
+            else:
+                self.add_result(held, Outcome("stopped"))
         unsettled = {held.id for held, _ in self.results}
         for worker in own.values():  # its process has ended
             if not worker.held and worker.own not in unsettled:
@@ -5334,7 +5344,7 @@ class Pool:
         """Give what is ready to the workers, and back what none can begin soon."""
         self._hand_over_dedicated()
         room = {worker: worker.room() for worker in self._shared()}
-        while self.ready and not self.ready[0].dedicated:
+        while self.ready:
             worker = min(room, key=lambda one: len(one.held), default=None)
             if worker is None or (worker.held and self.ready[0].crashes):
                 if not self.may_spawn():
@@ -6215,7 +6225,9 @@ def cmd_cancel(args: argparse.Namespace) -> int:
         raise BadSpec("filters go with --all")
     for pid in args.pids:
         try:
-            print(manager.cancel(pid))
+            print(full := manager.cancel(pid))
+            if manager.store.series_goes_on(full):
+                _hint(f"its series goes on; to end it: cancel --all --series {full}")
         except (NotFound, WrongState) as error:  # the others are cancelled all the same
             _say(str(error))
             code = code or error.exit_code
