@@ -4,7 +4,7 @@
 PYTHON ?= python3
 HOME   ?= $(shell $(PYTHON) -c 'import os; print(os.path.expanduser("~"))')
 CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/procman
-PYTEST := pytest==8.4.2 cronsim==2.6
+PYTEST := pytest==8.4.2 cronsim==2.6 tzdata==2025.2
 PEERS  := huey==3.5.4 litequeue==0.9 persist-queue==1.1.0 dbos==3.4.0
 LINTER := ruff==0.15.22 mypy==1.19.1
 
