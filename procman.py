@@ -4214,11 +4214,13 @@ class _Sources:
     def note(self, began_at: float) -> None:
         """Remember what has been imported since; wall time, of when the step began.
 
-        What was written later, or just before, may not be what was imported.
+        What was written later, or just before, may not be what was imported; but what
+        is dated beyond now was written when the clock went otherwise.
         """
         if len(sys.modules) == self._modules:
             return
         self._modules = len(sys.modules)
+        least, most = (began_at - 0.01) * 1e9, (time.time() + 1) * 1e9
         for module in list(sys.modules.values()):
             path = None
             with contextlib.suppress(Exception):  # modules may be anything
@@ -4226,7 +4228,7 @@ class _Sources:
             if isinstance(path, str) and path not in self._seen:
                 system = path.startswith(self._system) and "site-packages" not in path
                 stamp = None if system else self._stamp(path)
-                late = stamp is not None and max(stamp[:2]) > (began_at - 0.01) * 1e9
+                late = any(least < at < most for at in stamp[:2]) if stamp else False
                 self._seen[path] = (0, 0, 0) if late else stamp
 
     def changed(self) -> str | None:

@@ -4141,6 +4141,17 @@ def test_a_runner_refuses_options_that_make_no_sense(manager, option, value):
         Runner(manager, **{option: value})
 
 
+def test_a_step_whose_file_is_dated_in_the_future_does_not_cost_a_worker_each(
+    manager, home
+):
+    later = time.time() + 10 * 365 * 86400
+    os.utime(home / "steps.py", (later, later))
+    ledger = home / "ledger"
+    manager.start_many([(steps("steps:ledger"), {"ledger": str(ledger)})] * 6)
+    assert drain(manager, max_workers=1) == 6
+    assert len({line.split()[1] for line in ledger.read_text().splitlines()}) == 1
+
+
 # --- how many workers ------------------------------------------------------
 
 
