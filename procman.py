@@ -581,7 +581,7 @@ def merge_options(defaults: Json, own: Json) -> Json:
     options = {**defaults, **own}
     for pair in EXCLUSIVE:
         for name, other in (pair, pair[::-1]):
-            if name in own and other not in own:
+            if own.get(name, False) is not False and other not in own:
                 options[other] = OPTIONS[other].default
     if options["key"] is not None and not options["unique"]:
         options["once"] = True

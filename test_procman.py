@@ -604,6 +604,28 @@ MODEL_BAD_OPTIONS = [
     ({"args": {"a": b"x"}}, TypeError, "args.a "),
     ({"args": {"a": float("nan")}}, ValueError, "args.a is nan"),
     ({"args": {5: "x"}}, TypeError, "a key of args must be a text, not int"),
+    ({"interval": "often"}, ValueError, "interval must be seconds or a text"),
+    ({"interval": "-2"}, ValueError, "interval must be seconds or a text"),
+    ({"interval": -2}, ValueError, "interval must be 0 to 1e+10"),
+    ({"interval": -0.5}, ValueError, "interval must be 0 to 1e+10"),
+    ({"interval": True}, TypeError, "interval must be seconds or a text"),
+    ({"interval": [-1]}, TypeError, "interval must be seconds or a text"),
+    ({"interval": float("nan")}, ValueError, "interval must be 0 to 1e+10"),
+    ({"interval": 1, "interval_from": 1}, ValueError, "interval_from must be one of "),
+    ({"interval_from": "middle"}, ValueError, "interval_from must be one of end, st"),
+    ({"cron": 5}, TypeError, "cron must be a text, not int"),
+    ({"cron": ""}, ValueError, "cron must be 1 to 200 printable characters, not ''"),
+    ({"cron": "* *"}, ValueError, "cron must have five fields"),
+    ({"cron": "61 * * * *"}, ValueError, "cron: minute must be 0 to 59, not '61'"),
+    ({"cron": "0 0 31 2 *"}, ValueError, "cron: '0 0 31 2 *' is never due"),
+    ({"cron": "@daily", "tz": "No/Where"}, ValueError, "tz: no data for the time zon"),
+    ({"tz": 5}, TypeError, "tz must be a text, not int"),
+    ({"dedicated": 1}, TypeError, "dedicated must be true or false"),
+    ({"once": "yes"}, TypeError, "once must be true or false"),
+    ({"unique": 0}, TypeError, "unique must be true or false"),
+    ({"interval": 1, "cron": "@daily"}, ValueError, "give one of interval and cron, n"),
+    ({"interval": -1, "cron": "@daily"}, ValueError, "give one of interval and cron"),
+    ({"once": True, "unique": True}, ValueError, "give one of once and unique, not b"),
 ]
 
 
@@ -749,6 +771,154 @@ def test_a_record_has_the_fields_of_the_contract_in_their_order(manager, clock):
         0,
     )
     assert done["finished_at"] == "20220209125814" and done["steps"] == {}
+
+
+MODEL_KEYED = [
+    ({"key": 5}, TypeError, "key must be a text, not int"),
+    ({"key": ""}, ValueError, "key must be 1 to 200 printable characters, not ''"),
+    ({"key": MODEL_LONG}, ValueError, "key must be 1 to 200 printable characters"),
+    ({"pid": 5}, TypeError, "pid must be a text, not int"),
+    ({"pid": "abc"}, ValueError, "pid must be 32 lowercase hex digits, not 'abc'"),
+    ({"pid": "0" * 31}, ValueError, "pid must be 32 lowercase hex digits"),
+    ({"pid": "0" * 33}, ValueError, "pid must be 32 lowercase hex digits"),
+    ({"pid": "A" * 32}, ValueError, "pid must be 32 lowercase hex digits"),
+    ({"pid": "0" * 31 + "\n"}, ValueError, "pid must be 32 lowercase hex digits"),
+    ({"tz": "UTC"}, ValueError, "tz says nothing without cron"),
+    ({"tz": "UTC", "interval": 5}, ValueError, "tz says nothing without cron"),
+    ({"interval_from": "end"}, ValueError, "interval_from says nothing without inter"),
+    (
+        {"interval_from": "start", "cron": "@daily"},
+        ValueError,
+        "interval_from says nothing without interval",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"), MODEL_KEYED, ids=range(len(MODEL_KEYED))
+)
+def test_options_of_one_process_are_strict_too(manager, options, kind, text):
+    with pytest.raises(kind) as caught:
+        manager.start_process(steps("m:f", **options))
+    assert str(caught.value).startswith(text)
+    assert isinstance(caught.value, procman.BadSpec) and manager.count() == 0
+
+
+def test_what_names_one_process_is_no_default(home):
+    for name, value in (("key", "k"), ("pid", "0" * 32), ("key", 5)):
+        with pytest.raises(procman.BadSpec) as caught:
+            ProcessManager(home / "a.db", defaults={name: value})
+        assert (
+            str(caught.value) == f"{name} names one process: it cannot be a default"
+        )
+    ProcessManager(home / "a.db", defaults={"key": None, "pid": None, "tz": "UTC"})
+    assert not (home / "a.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("defaults", "own", "expected"),
+    [
+        ({"at": 5}, {"delay": 1.0}, {"at": None, "delay": 1.0}),
+        ({"delay": 5}, {"at": 1}, {"at": 1, "delay": None}),
+        ({"delay": 5}, {"at": 0}, {"at": 0, "delay": None}),
+        ({"interval": 5}, {"cron": "@daily"}, {"interval": None, "cron": "@daily"}),
+        ({"cron": "@daily"}, {"interval": 0.0}, {"interval": 0.0, "cron": None}),
+        ({"once": True}, {"unique": True}, {"once": False, "unique": True}),
+        ({"unique": True}, {"once": True}, {"once": True, "unique": False}),
+        ({"once": True}, {"once": False}, {"once": False, "unique": False}),
+        ({"once": True}, {"unique": False}, {"once": True, "unique": False}),
+        ({"unique": True}, {"once": False}, {"once": False, "unique": True}),
+        ({}, {"key": "k"}, {"once": True, "unique": False}),
+        ({"unique": True}, {"key": "k"}, {"once": False, "unique": True}),
+        ({"tz": "Asia/Tokyo"}, {}, {"tz": "Asia/Tokyo", "cron": None}),
+        ({"cron": "@daily"}, {"tz": "UTC"}, {"tz": "UTC", "cron": "@daily"}),
+        ({"interval": 5}, {"interval_from": "start"}, {"interval": 5}),
+    ],
+)
+def test_a_default_gives_way_to_an_own_option_that_excludes_it(defaults, own, expected):
+    given = {name: option.default for name, option in procman.OPTIONS.items()}
+    found = procman.merge_options({**given, **defaults}, own)
+    assert {name: found[name] for name in expected} == expected
+    assert found.keys() == procman.OPTIONS.keys()
+
+
+def test_what_a_default_has_been_switched_off_for_cannot_be_told_more(manager):
+    other = ProcessManager(manager.path, defaults={"cron": "@daily", "retry": 1})
+    with contextlib.closing(other):
+        with pytest.raises(procman.BadSpec, match="^tz says nothing without cron"):
+            other.start_process(steps("m:f", interval=5, tz="UTC"))
+        pid = other.start_process(steps("m:f", tz="UTC"))
+        assert other.get_process_info(pid).series == pid
+
+
+@pytest.mark.parametrize("schedule", [{"interval": -1}, {"cron": "@daily"}])
+def test_a_process_without_steps_has_no_schedule(manager, schedule):
+    text = "^nothing to run again: a process with a schedule needs steps$"
+    other = ProcessManager(manager.path, defaults=schedule)
+    with contextlib.closing(other):
+        for call in (
+            lambda: manager.start_process(steps(**schedule)),
+            lambda: manager.start_many([steps("m:f"), steps(**schedule)]),
+            lambda: other.start_process(steps()),
+        ):
+            with pytest.raises(procman.BadSpec, match=text):
+                call()
+    assert manager.count() == 0
+    pid = manager.start_process(steps(once=True, key="k"))
+    assert manager.get_process_info(pid).series is None
+
+
+@pytest.mark.parametrize(
+    ("filters", "kind", "text"),
+    [
+        ({"nam": "x"}, TypeError, "unknown filter 'nam'; known: status, name, queue, "),
+        ({"limits": 1}, TypeError, "unknown filter 'limits'; known: "),
+        ({"status": "done"}, ValueError, "status must be one of open, final, queued, "),
+        ({"status": ["open"]}, ValueError, "status must be one of open, final"),
+        ({"name": 5}, TypeError, "name must be a text, not int"),
+        ({"name": "a\n"}, ValueError, "name must be 1 to 200 printable characters"),
+        ({"queue": b"x"}, TypeError, "queue must be a text, not bytes"),
+        ({"since": "yesterday"}, ValueError, "since must be epoch seconds, ISO 8601"),
+        ({"since": "1.2.3m"}, ValueError, "since must be seconds or a text like"),
+        ({"since": [5]}, TypeError, "since must be a time, not list"),
+        ({"series": 5}, TypeError, "series must be a text, not int"),
+        ({"series": "0" * 32}, LookupError, "no process 000000"),
+        ({"parent": "0" * 32}, LookupError, "no process 000000"),
+        ({"parent": "x"}, LookupError, "no process 'x': a pid is 32 hex digits"),
+    ],
+    ids=range(14),
+)
+def test_filters_are_strict_and_name_themselves(manager, filters, kind, text):
+    pid = manager.start_process(steps("m:f"))
+    for call in (manager.list_processes, manager.count, manager.cancel_all):
+        with pytest.raises(kind) as caught:
+            call(**filters)
+        assert str(caught.value).startswith(text)
+        assert isinstance(caught.value, procman.ProcmanError)
+        assert manager.count(**dict.fromkeys(filters.keys() & {"name"})) == 1
+    assert manager.get_process_status(pid) == "queued"
+    with pytest.raises(procman.BadSpec, match="^order must be one of newest, oldest, "):
+        manager.list_processes(order="id; DROP TABLE process")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "text"),
+    [
+        ([("a", 1)], TypeError, "concurrency must be a JSON object, not list"),
+        ({1: 1}, TypeError, "a name in concurrency must be a text, not int"),
+        ({"": 1}, ValueError, "a name in concurrency must be 1 to 200 printable"),
+        ({"a": 0}, ValueError, "concurrency.'a' must be 1 to "),
+        ({"a": "1"}, TypeError, "concurrency.'a' must be a whole number, not str"),
+        ({"a": True}, TypeError, "concurrency.'a' must be a whole number, not bool"),
+        (dict.fromkeys(map(str, range(101)), 1), ValueError, "concurrency has more "),
+    ],
+    ids=range(7),
+)
+def test_limits_of_names_are_strict(given, kind, text):
+    with pytest.raises(kind) as caught:
+        procman.check_concurrency(given)
+    assert str(caught.value).startswith(text)
+    assert procman.check_concurrency({"a b": 1}) == {"a b": 1}
 
 
 # ===========================================================================
