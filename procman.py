@@ -1071,20 +1071,20 @@ def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | No
     due = now + (options["delay"] or 0) if at is None else parse_at(at)
     if cron is not None:  # what is due now and then is not due twice
         waits = at is not None or options["delay"] is not None
-        due = next_cron(cron, due - 0.001 if waits else due, options["tz"])
+        due = next_cron(cron, max(0.0, due - 0.001) if waits else due, options["tz"])
     return due, now if at is None else None
 
 
 def successor_due(
-    option: Callable[[str], Any], now: float, due: float, started: float
+    option: Callable[[str], Any], now: float, started: float
 ) -> float:
     """When the run after one that has just ended is due: once, whatever was missed.
 
-    `option` gives the options, `due` and `started` are of the run that ended.
+    `option` gives the options, `started` is when the run that ended was claimed.
     """
     if option("cron") is not None:
         # A clock that is set back by a little makes no second run of the same minute.
-        after = due if now < due <= now + 60 else now
+        after = started if now < started <= now + 60 else now
         return next_cron(option("cron"), after, option("tz"))
     interval: float = max(0.0, option("interval"))
     from_start = option("interval_from") == "start"
@@ -3642,8 +3642,7 @@ class Store(Records):
         now = due = self.now()
         trouble = None
         try:
-            times = (row["due_at"], row["started_at"])
-            due = successor_due(definition.option, now, *times)
+            due = successor_due(definition.option, now, row["started_at"])
         except ProcmanError as error:  # the data of its time zone is gone, for one
             trouble = to_json(make_error(None, type(error).__name__, str(error)))
         new_id, _ = self._again(

@@ -1506,6 +1506,174 @@ def test_the_next_thousand_due_times_of_cron_are_those_of_an_established_library
             assert at == next(peer).timestamp(), (expression, start)
 
 
+TIME_NOON = 1710331200.0  # 2024-03-13 12:00 UTC, a Wednesday
+
+
+def options_of(**given):
+    """All options, and a function that gives one of them."""
+    found = {name: option.default for name, option in procman.OPTIONS.items()}
+    found.update(given)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "due", "counted"),
+    [
+        ({}, 0, True),
+        ({"delay": 60.0}, 60, True),
+        ({"delay": 0.0}, 0, True),
+        ({"at": TIME_NOON + 100}, 100, False),
+        ({"at": TIME_NOON - 100}, -100, False),
+        ({"at": "2024-03-13T13:00:00+00:00"}, 3600, False),
+        ({"at": 0}, -TIME_NOON, False),
+        ({"interval": 60.0}, 0, True),
+        ({"interval": 60.0, "delay": 5.0}, 5, True),
+        ({"cron": "0 13 * * *"}, 3600, True),
+        # Strictly after now, but at the moment that was asked for, too:
+        ({"cron": "0 12 * * *"}, 86400, True),
+        ({"cron": "0 12 * * *", "delay": 0.0}, 0, True),
+        ({"cron": "0 12 * * *", "at": TIME_NOON}, 0, False),
+        ({"cron": "0 12 * * *", "at": TIME_NOON + 1}, 86400, False),
+        ({"cron": "*/10 * * * *", "delay": 61.0}, 600, True),
+        ({"cron": "*/10 * * * *", "delay": 600.0}, 600, True),
+        ({"cron": "*/10 * * * *", "at": TIME_NOON - 601}, -600, False),
+        ({"cron": "0 12 * * *", "at": 0}, 43200 - TIME_NOON, False),
+    ],
+)
+def test_when_a_new_process_is_due(options, due, counted):
+    given = options_of(**options)
+    found, counted_from = procman.first_due(given, TIME_NOON)
+    assert found - TIME_NOON == due
+    assert counted_from == (TIME_NOON if counted else None)
+
+
+@zoned
+def test_a_new_process_with_cron_is_due_in_its_own_time_zone():
+    given = options_of(cron="0 8 * * *", tz="Asia/Tokyo")
+    assert procman.first_due(given, TIME_NOON)[0] == TIME_NOON + 11 * 3600
+
+
+@pytest.mark.parametrize(
+    ("options", "now", "started", "due"),
+    [
+        # From the end, and from the start of the run that has ended at 0:
+        ({"interval": 60.0}, 0, -10, 60),
+        ({"interval": 60.0}, 0, -1000, 60),
+        ({"interval": 60.0, "interval_from": "start"}, 0, -10, 50),
+        ({"interval": 60.0, "interval_from": "start"}, 0, -60, 0),
+        # What was missed is made up for once:
+        ({"interval": 60.0, "interval_from": "start"}, 0, -1000, 0),
+        # At once, but no more often than each 50 ms:
+        ({"interval": -1.0}, 0, -10, 0),
+        ({"interval": -1.0}, 0, 0, 0.05),
+        ({"interval": -1.0}, 0, -0.03125, 0.01875),
+        ({"interval": -1.0, "interval_from": "start"}, 0, 0, 0.05),
+        ({"interval": 0.0}, 0, 0, 0.05),
+        ({"interval": 0.0}, 0, -1, 0),
+        ({"interval": 0.015625}, 0, 0, 0.05),
+        ({"interval": 0.015625}, 0, -1, 0.015625),
+        # The clock was set back while it ran:
+        ({"interval": 60.0}, 0, 86400, 60),
+        ({"interval": 60.0, "interval_from": "start"}, 0, 86400, 60),
+        ({"interval": -1.0}, 0, 86400, 0.05),
+        ({"interval": 1e9, "interval_from": "start"}, 0, 3e8, 1e9),
+        ({"cron": "*/10 * * * *"}, 1, 0, 600),
+        ({"cron": "*/10 * * * *"}, 599, 0, 600),
+        ({"cron": "*/10 * * * *"}, 600, 0, 1200),
+        ({"cron": "*/10 * * * *"}, 1, -86400, 600),
+        # ... by a little, which makes no second run of the same minute:
+        ({"cron": "*/10 * * * *"}, -1, 0.25, 600),
+        ({"cron": "*/10 * * * *"}, -59, 0.25, 600),
+        ({"cron": "* * * * *"}, -30, 0.25, 60),
+        ({"cron": "*/10 * * * *"}, -61, 0.25, 0),
+        ({"cron": "*/10 * * * *"}, -86401, 0.25, -86400),
+    ],
+)
+def test_when_the_next_run_of_a_series_is_due(options, now, started, due):
+    option = options_of(**options).get
+    at = TIME_NOON + now
+    found = procman.successor_due(option, at, TIME_NOON + started)
+    assert found - TIME_NOON == pytest.approx(due, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "started", "counted_from", "due", "expected"),
+    [
+        ({}, None, 86400, 86400, 0),
+        ({"delay": 60.0}, None, 86400, 86460, 60),
+        ({"retry": 5}, 86000, 86400, 86700, 300),
+        ({"delay": 60.0}, None, 86400, 86399, 0),  # a proceeded one, at the front
+        ({"cron": "*/10 * * * *"}, None, 86400, 87000, 600),
+        ({"cron": "*/10 * * * *"}, None, 10 * 365 * 86400, 10 * 365 * 86400 + 9, 600),
+        ({"cron": "*/10 * * * *", "retry": 5}, 86000, 86400, 86431, 31),
+    ],
+)
+def test_what_was_counted_by_a_clock_that_was_set_back_is_counted_anew(
+    options, started, counted_from, due, expected
+):
+    row = {
+        "started_at": None if started is None else TIME_NOON + started,
+        "due_from": TIME_NOON + counted_from,
+        "due_at": TIME_NOON + due,
+    }
+    option = options_of(**options).get
+    assert procman.counted_anew(option, row, TIME_NOON) == TIME_NOON + expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("5m", TIME_NOON - 300),
+        (" 1.5h ", TIME_NOON - 5400),
+        ("0s", TIME_NOON),
+        ("2w", TIME_NOON - 14 * 86400),
+        (TIME_OF_NOTE, TIME_OF_NOTE),
+        ("1644411494", TIME_OF_NOTE),
+        ("20220209125814", TIME_OF_NOTE),
+        ("2022-02-09T13:58:14+01:00", TIME_OF_NOTE),
+        (5, 5.0),
+    ],
+)
+def test_since_is_a_moment_or_so_long_ago(given, expected):
+    assert procman.parse_since(given, TIME_NOON) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["", "m", "-5m", "5 m", "5y", "1.2.3m", ".m", "9" * 99 + "w", True, [], -1]
+)
+def test_what_is_neither_is_refused(given):
+    with pytest.raises(procman.BadSpec, match="^since ") as caught:
+        procman.parse_since(given, TIME_NOON)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (42.4, "42 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (3599, "60 min"),
+        (7199, "120 min"),
+        (7200, "2.0 h"),
+        (12600, "3.5 h"),
+        (172799, "48.0 h"),
+        (172800, "2.0 days"),
+        (86400 * 365, "365.0 days"),
+    ],
+)
+def test_a_length_in_words(length, words):
+    assert procman.in_words(length) == words
+
+
+def test_what_is_retried_together_does_not_come_again_together():
+    delays = {procman.retry_delay(2, 100, 2.0, n / 10) for n in range(11)}
+    assert len(delays) == 11 and 200 <= min(delays) <= max(delays) <= 220.1
+    assert {procman.retry_delay(5, 100, 1.0, n / 10) for n in range(11)} == {100}
+
+
 # ===========================================================================
 # 4. Platform
 # ===========================================================================
