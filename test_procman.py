@@ -2702,6 +2702,236 @@ def test_a_start_does_not_join_a_connection_to_another_database(manager, home):
             fresh.start_process(steps("m:f"), connection=own)
 
 
+STORE_VERSION_1 = '''
+CREATE TABLE definition (
+    id   INTEGER PRIMARY KEY AUTOINCREMENT,
+    hash INTEGER NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE INDEX definition_hash ON definition (hash);
+CREATE TABLE process (
+    id          INTEGER PRIMARY KEY,
+    pid         TEXT NOT NULL UNIQUE,
+    definition  INTEGER NOT NULL REFERENCES definition,
+    status      TEXT NOT NULL,
+    queue       TEXT NOT NULL,
+    priority    INTEGER NOT NULL,
+    due_at      REAL NOT NULL,
+    created_at  REAL NOT NULL,
+    started_at  REAL,
+    finished_at REAL,
+    step_index  INTEGER NOT NULL DEFAULT 0,
+    attempt     INTEGER NOT NULL DEFAULT 1,
+    crashes     INTEGER NOT NULL DEFAULT 0,
+    claim       INTEGER NOT NULL DEFAULT 0,
+    runner      INTEGER,
+    cancel_requested INTEGER NOT NULL DEFAULT 0,
+    name        TEXT,
+    progress    TEXT,
+    error       TEXT
+);
+CREATE INDEX process_due ON process (priority, queue, due_at, id)
+ WHERE status = 'queued';
+CREATE INDEX process_rest ON process (status)
+ WHERE status = 'running' OR status = 'interrupted' OR status = 'waiting'
+    OR status = 'error' OR status = 'timeout' OR status = 'cancelled';
+CREATE INDEX process_definition ON process (definition);
+CREATE TRIGGER process_final BEFORE UPDATE ON process
+  WHEN OLD.finished_at IS NOT NULL
+ BEGIN SELECT RAISE(ABORT, 'a final process never changes'); END;
+CREATE TABLE data (
+    process    INTEGER NOT NULL,
+    step_index INTEGER NOT NULL,
+    data       TEXT NOT NULL,
+    PRIMARY KEY (process, step_index)
+) WITHOUT ROWID;
+CREATE TABLE output (
+    process INTEGER PRIMARY KEY,
+    head    BLOB NOT NULL,
+    cut     INTEGER NOT NULL,
+    tail    BLOB NOT NULL
+);
+CREATE TABLE event (
+    number  INTEGER PRIMARY KEY,
+    process INTEGER NOT NULL,
+    at      REAL NOT NULL,
+    kind    TEXT NOT NULL,
+    detail  TEXT
+);
+CREATE INDEX event_process ON event (process);
+CREATE TABLE runner (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    token      TEXT NOT NULL,
+    os_pid     INTEGER NOT NULL,
+    boot       TEXT NOT NULL,
+    started_at REAL NOT NULL,
+    queues     TEXT NOT NULL,
+    waits      INTEGER NOT NULL,
+    port       INTEGER
+);
+CREATE TABLE worker (
+    runner INTEGER NOT NULL REFERENCES runner ON DELETE CASCADE,
+    os_pid INTEGER NOT NULL,
+    born   TEXT NOT NULL,
+    token  TEXT NOT NULL
+);
+PRAGMA application_id = 1886547310;
+PRAGMA user_version = 1;
+INSERT INTO definition VALUES
+    (1, 11, '{"steps":{"a":"steps:add_one","b":"steps:double"},"options":{},'
+        || '"directory":"HOME"}'),
+    (2, 22, '{"steps":{"a":"steps:Ask"},"options":{"retry":3},"directory":"HOME"}');
+INSERT INTO process (id, pid, definition, status, queue, priority, due_at, created_at,
+                     started_at, finished_at, step_index, attempt, runner, claim, name)
+VALUES (1, '11111111111111111111111111111111', 1, 'queued', 'default', 0, 5, 5,
+        NULL, NULL, 0, 1, NULL, 0, 'n'),
+       (2, '22222222222222222222222222222222', 1, 'queued', 'default', 7, 6, 5,
+        6, NULL, 1, 2, NULL, 1, NULL),
+       (3, '33333333333333333333333333333333', 1, 'finished', 'default', 0, 5, 5,
+        6, 7, 2, 1, NULL, 1, NULL),
+       (4, '44444444444444444444444444444444', 2, 'interrupted', 'default', 0, 5, 5,
+        6, NULL, 1, 1, NULL, 1, NULL),
+       (5, '55555555555555555555555555555555', 2, 'error', 'default', 0, 5, 5,
+        6, 7, 0, 4, NULL, 4, NULL),
+       (6, '66666666666666666666666666666666', 1, 'running', 'default', 0, 5, 5,
+        6, NULL, 1, 1, 9, 1, NULL);
+INSERT INTO data VALUES (1, 0, '{"n":1}'), (2, 0, '{"n":1}'), (2, 1, '{"n":20}'),
+    (3, 0, '{}'), (3, 1, '{"n":1}'), (3, 2, '{"n":2}'), (4, 0, '{}'),
+    (4, 1, '{"question":"go on?"}'), (5, 0, '{"x":1}'), (6, 0, '{}'), (6, 1, '{"n":5}');
+INSERT INTO output VALUES (3, CAST('printed' AS BLOB), 0, CAST('' AS BLOB));
+INSERT INTO event (process, at, kind, detail) VALUES (1, 5, 'start', NULL),
+    (2, 5, 'start', NULL), (2, 6, 'claim', NULL), (2, 6, 'step', 'a'),
+    (2, 6, 'retry', '{"step":"b","type":"E","message":"no"}');
+'''
+
+
+def store_version_1(path):
+    """A database as the first version of the schema made it, with something in it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        directory = json.dumps(str(path.parent))[1:-1]
+        db.executescript(STORE_VERSION_1.replace("HOME", directory))
+        db.execute("PRAGMA journal_mode = WAL")
+    if not WINDOWS:
+        path.chmod(0o600)
+
+
+STORE_MARKS = ("application_id", "user_version", "integrity_check", "journal_mode")
+
+
+def store_shape(path):
+    """(columns of each table, SQL of each index and trigger)."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        names = "SELECT name FROM sqlite_master WHERE type = 'table'"
+        columns = {
+            name: [row[1:] for row in db.execute(f"PRAGMA table_info({name})")]
+            for (name,) in db.execute(names).fetchall()
+        }
+        sql = "SELECT name, sql FROM sqlite_master WHERE type IN ('index', 'trigger')"
+        rest = {name: " ".join((text or "").split()) for name, text in db.execute(sql)}
+        found = [db.execute(f"PRAGMA {what}").fetchone()[0] for what in STORE_MARKS]
+    return columns, rest, found
+
+
+def test_a_database_of_the_first_version_becomes_one_of_this_and_goes_on(home, clock):
+    store_version_1(home / "a.db")
+    store_filled(home / "fresh.db")
+    before = store_shape(home / "a.db")
+    assert before[2][:2] == [procman.APPLICATION_ID, 1]
+    manager = ProcessManager(home / "a.db", now=clock)
+    with contextlib.closing(manager):
+        pids = [str(number) * 32 for number in range(1, 7)]
+        found = {info.pid: info for info in manager.list_processes(order="oldest")}
+        assert list(found) == pids
+        assert store_shape(home / "a.db") == store_shape(home / "fresh.db") != before
+        assert store_shape(home / "a.db")[2][2] == "ok"
+        assert {info.series for info in found.values()} == {None}
+        assert (found[pids[1]].steps, found[pids[1]].attempt) == (
+            {"a": "finished", "b": "queued"},
+            2,
+        )
+        assert found[pids[2]].output == {"n": 2} and manager.logs(pids[2]) == "printed"
+        kinds = [event["kind"] for event in manager.store.events(0, pids[1])]
+        assert kinds == ["start", "claim", "step", "retry"]
+        manager.proceed(pids[3], {"yes": True})
+        again = manager.retry(pids[4])
+        once = manager.start_process(steps("steps:add_one", once=True, interval=60))
+        assert drain(manager) == 5
+        outputs = [manager.get_process_info(pid).output for pid in pids]
+        assert outputs == [{"n": 4}, {"n": 40}, {"n": 2}, outputs[3], None, {"n": 10}]
+        assert outputs[3] == {"question": "go on?", "yes": True}
+        assert manager.get_process_info(pids[5]).crashes == 1
+        assert manager.get_process_status(again) == "interrupted"
+        assert manager.get_process_status(once) == "finished"
+        assert manager.count(series=once, status="queued") == 1
+        assert manager.prune(0) == 7 and manager.store.trouble() is None
+
+
+STORE_MIGRATES = """
+import os, sqlite3, sys
+sys.path.insert(0, sys.argv[1])
+import procman
+path, left, connect = sys.argv[2], [int(sys.argv[3])], sqlite3.connect
+
+def count(statement):
+    left[0] -= 1
+    if left[0] == 0:
+        os._exit(9)
+
+def traced(*given, **named):
+    db = connect(*given, **named)
+    if not named.get("uri"):
+        db.set_trace_callback(count)
+    return db
+
+procman.sqlite3.connect = traced
+store = procman.Store(path)
+store.version()
+print(left[0])
+"""
+
+
+def test_a_death_in_the_middle_of_a_migration_changes_nothing(home):
+    path, versions = home / "a.db", []
+    store_filled(home / "fresh.db")
+    old, new = None, store_shape(home / "fresh.db")
+    words = [sys.executable, "-c", STORE_MIGRATES, str(HERE), str(path)]
+    total = None
+    for number in (10**6, 1, 8, 12, 15, 20, 24, -3, -2, -1):
+        for end in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{path}{end}")
+        store_version_1(path)
+        old = old or store_shape(path)
+        after = number if number > 0 else total + number
+        child = subprocess.run(
+            [*words, str(after)], stdout=subprocess.PIPE, timeout=60, check=False
+        )
+        if total is None:
+            total = 10**6 - int(child.stdout)
+            assert child.returncode == 0 and total > 25
+        else:
+            assert (child.returncode, child.stdout) == (9, b""), number
+        shape = store_shape(path)
+        assert shape in (old, new)
+        versions.append(shape[2][1])
+        with contextlib.closing(ProcessManager(path)) as manager:
+            assert manager.count() == 6
+            assert manager.get_process_info("1" * 32).name == "n"
+        assert store_shape(path) == new
+    assert versions == [2] + [1] * 8 + versions[-1:], "killed before the commit"
+
+
+def test_those_that_migrate_a_database_at_once_all_get_in(home):
+    store_version_1(home / "a.db")
+    words = [sys.executable, "-c", STORE_MIGRATES, str(HERE), "a.db", str(10**6)]
+    children = [subprocess.Popen(words, stdout=subprocess.PIPE) for _ in range(4)]
+    for child in children:
+        child.communicate(timeout=60)
+    assert [child.returncode for child in children] == [0] * 4
+    store_filled(home / "fresh.db")
+    assert store_shape(home / "a.db") == store_shape(home / "fresh.db")
+
+
 # ===========================================================================
 # 6. Steps
 # ===========================================================================
