@@ -3278,12 +3278,16 @@ class Store(Records):
             self.transition(db, "proceed", Move(row["id"], columns))
         return str(row["pid"])
 
-    @staticmethod
-    def _input(db: Connection, row_id: int, index: int) -> Json | None:
+    def _input(self, db: Connection, row_id: int, index: int) -> Json | None:
         """The recorded input of a step, None if it was never reached."""
         sql = "SELECT data FROM data WHERE process = ? AND step_index = ?"
         row = db.execute(sql, (row_id, index)).fetchone()
-        found: Json | None = None if row is None else json.loads(row[0])
+        try:
+            found: Json | None = None if row is None else json.loads(row[0])
+        except (ValueError, TypeError) as error:
+            raise StorageError(
+                f"the database {self.path} has been changed by hand: {error}"
+            ) from error
         return found
 
     def retry(
@@ -3635,9 +3639,10 @@ class Store(Records):
     def _add_successor(self, db: Connection, row: Row) -> None:
         try:
             definition = self.definition(row["definition"])
+            data = self._input(db, row["id"], 0)
         except StorageError:  # changed by hand: the run that has ended says so
             return
-        if not definition.repeats():
+        if data is None or not definition.repeats():
             return
         now = due = self.now()
         trouble = None
@@ -3646,7 +3651,7 @@ class Store(Records):
         except ProcmanError as error:  # the data of its time zone is gone, for one
             trouble = to_json(make_error(None, type(error).__name__, str(error)))
         new_id, _ = self._again(
-            *(db, row, row["definition"], 0, to_json(self._input(db, row["id"], 0))),
+            *(db, row, row["definition"], 0, to_json(data)),
             *(due, row["series"], {"after": row["pid"]}),
         )
         if trouble is not None:

@@ -2932,6 +2932,302 @@ def test_those_that_migrate_a_database_at_once_all_get_in(home):
     assert store_shape(home / "a.db") == store_shape(home / "fresh.db")
 
 
+def store_claim(manager, pid=None, **wanted):
+    """What a new runner claims now."""
+    store = manager.store
+    number = store.add_runner(os.urandom(4).hex(), "", ["default"], None)
+    with store.transaction() as db:
+        return store.claim_due(db, number, demand(99)._replace(pid=pid, **wanted))
+
+
+def store_end(manager, held, ending, **more):
+    """Record how a step ended, as its runner would; return the event."""
+    error = {"type": "E", "message": "no"} if ending in ("error", "timeout") else None
+    outcome = procman.Outcome(ending, error=error, **more)
+    with manager.store.transaction() as db:
+        return manager.store.record(db, [(held, outcome)])[-1].event
+
+
+def store_crash(manager):
+    """All that is running loses its runner."""
+    found = manager.store.read("SELECT DISTINCT runner FROM process WHERE runner > 0")
+    return [pid for row in found for pid in manager.store.recover(row[0], charged=True)]
+
+
+def series_of(manager, pid):
+    """The runs of a series, oldest first."""
+    return manager.list_processes(series=pid, order="oldest")
+
+
+STORE_SHARED = {
+    "name": "n",
+    "queue": "default",
+    "priority": 7,
+    "dedicated": True,
+    "timeout": "1m",
+    "args": {"x": 1},
+    "backoff": 2,
+}
+
+
+@pytest.mark.parametrize("key", [None, "the only"])
+@pytest.mark.parametrize(
+    ("way", "status"),
+    [
+        ("done", "finished"),
+        ("error", "error"),
+        ("timeout", "timeout"),
+        ("cancel", "cancelled"),
+        ("cancel an interrupted one", "cancelled"),
+        ("interrupt", "finished"),
+        ("lost", "error"),
+        ("lost again and again", "error"),
+        ("damaged", "error"),
+    ],
+)
+def test_however_a_run_ends_the_next_is_queued_with_its_data_and_options(
+    manager, clock, way, status, key
+):
+    on_lost = "error" if way == "lost" else "retry"
+    process = steps(
+        "m:f", interval=3600, delay=5, on_lost=on_lost, key=key, **STORE_SHARED
+    )
+    pid = manager.start_process(process, {"x": 1, "y": [None]})
+    clock.advance(5)
+    [held] = store_claim(manager)
+    if "lost" in way:
+        assert store_crash(manager) == [pid]
+        while way != "lost" and manager.get_process_status(pid) == "queued":
+            assert len(store_claim(manager)) == 1 and store_crash(manager) == [pid]
+    elif way == "damaged":
+        move = procman.Move(held.id, {"runner": None})
+        with manager.store.transaction() as db:
+            manager.store.transition(db, "give_back", move)
+            db.execute("UPDATE process SET step_index = 5")
+        assert store_claim(manager) == []
+    else:
+        if way == "cancel":
+            manager.cancel(pid)
+        ending = "interrupt" if "interrupt" in way else way
+        store_end(manager, held, "done" if way == "cancel" else ending, data='{"z":2}')
+        if way == "cancel an interrupted one":
+            manager.cancel(pid)
+        elif way == "interrupt":
+            manager.proceed(pid)
+    first, second = series_of(manager, pid)
+    assert (first.pid, first.status, first.finished_at) == (pid, status, clock.at)
+    assert (second.status, second.due_at) == ("queued", clock.at + 3600)
+    assert (second.attempt, second.crashes, second.created_at) == (1, 0, clock.at)
+    assert first.series == second.series == pid != second.pid
+    assert (second.started_at, second.error, second.output) == (None,) * 3
+    old, new = manager.store.find(pid), manager.store.find(second.pid)
+    same = ("name", "queue", "priority", "dedicated", "definition", "once_key")
+    assert [new[name] for name in same] == [old[name] for name in same]
+    assert (new["once_key"] is None) == (key is None)
+    assert (new["cancel_requested"], new["retry_of"], new["claim"]) == (0, None, 0)
+    [event] = manager.store.events(0, second.pid)
+    assert (event["kind"], event["detail"]) == ("start", {"after": pid})
+    clock.advance(3600)
+    [held] = store_claim(manager)
+    assert held.data == '{"x":1,"y":[null]}', "that of the first run, not the last"
+    assert held.definition.option("timeout") == 60
+    store_end(manager, held, "done")
+    assert [info.status for info in series_of(manager, pid)[1:]] == [
+        "finished",
+        "queued",
+    ]
+
+
+def test_a_run_and_its_successor_are_committed_together_or_not_at_all(manager):
+    pid = manager.start_process(steps("m:f", interval=-1))
+    [held] = store_claim(manager)
+    store = manager.store
+    with pytest.raises(KeyError), store.transaction() as db:
+        [entry] = store.record(db, [(held, procman.Outcome("done"))])
+        assert entry.event == "finish" and manager.count(series=pid) == 2
+        raise KeyError
+    assert [info.status for info in series_of(manager, pid)] == ["running"]
+
+
+def test_no_moment_shows_an_ended_run_without_its_successor(home):
+    manager, began = ProcessManager(home / "a.db"), time.monotonic()
+    pids = manager.start_many([steps("steps:nothing", interval=-1)] * 20)
+    torn, looks = [], 0
+    with contextlib.closing(manager), contextlib.closing(
+        sqlite3.connect(manager.path, isolation_level=None)
+    ) as db, running(manager, "--max-workers", "2"):
+        while manager.count(status="finished") < 200:
+            for _ in range(20):
+                looks += 1
+                torn += db.execute(
+                    """
+                    SELECT series, count(*) FROM process
+                     GROUP BY series HAVING sum(finished_at IS NULL) <> 1"""
+                ).fetchall()
+            assert time.monotonic() - began < 20
+        assert torn == [] and looks > 200
+        manager.cancel_all()
+        eventually(lambda: not manager.count(status="open"))
+        for pid in pids:
+            runs = [info for info in series_of(manager, pid) if info.started_at]
+            starts = [info.started_at for info in runs]
+            gaps = [late - early for early, late in zip(starts, starts[1:])]
+            assert gaps and min(gaps) >= 0.0499, "not faster than 50 ms"
+
+
+def test_missed_runs_are_made_up_for_once(manager, clock):
+    pids = [
+        manager.start_process(steps("m:f", interval=60, interval_from="start")),
+        manager.start_process(steps("m:f", interval=60)),
+        manager.start_process(steps("m:f", cron="* * * * *")),
+    ]
+    for runs in (2, 3):
+        clock.advance(86400)
+        held = store_claim(manager)
+        assert len(held) == 3
+        clock.advance(0.5)
+        for one in held:
+            store_end(manager, one, "done")
+        assert [manager.count(series=pid) for pid in pids] == [runs] * 3
+        due = [series_of(manager, pid)[-1].due_at - clock.at for pid in pids]
+        assert due[:2] == [59.5, 60] and 0 < due[2] <= 60
+
+
+def test_the_interval_counts_after_the_last_retry_and_each_run_has_all_of_them(
+    manager, clock
+):
+    pid = manager.start_process(
+        steps("m:f", interval=1000, retry=2, retry_interval=10)
+    )
+    for run in range(3):
+        for attempt in (1, 2, 3):
+            [held] = store_claim(manager)
+            assert (held.attempt, len(series_of(manager, pid))) == (attempt, run + 1)
+            event = store_end(manager, held, "error")
+            assert event == ("retry" if attempt < 3 else "fail")
+            if attempt < 3:
+                clock.advance(9)
+                assert store_claim(manager) == []
+                clock.advance(1)
+        clock.advance(999)
+        assert store_claim(manager) == []
+        clock.advance(1)
+    statuses_found = [info.status for info in series_of(manager, pid)]
+    assert statuses_found == ["error"] * 3 + ["queued"]
+    assert [info.retry_left for info in series_of(manager, pid)] == [0, 0, 0, 2]
+
+
+def test_an_interval_from_the_start_counts_from_the_first_attempt(manager, clock):
+    process = steps("m:f", interval=100, interval_from="start", retry=1)
+    pid, start = manager.start_process(process), clock.at
+    store_end(manager, *store_claim(manager), "error")
+    clock.advance(300)
+    [held] = store_claim(manager)
+    clock.advance(5)
+    store_end(manager, held, "error")
+    assert series_of(manager, pid)[-1].due_at == clock.at, "missed long ago"
+    [held] = store_claim(manager)
+    clock.advance(30)
+    store_end(manager, held, "done")
+    assert series_of(manager, pid)[-1].due_at == start + 305 + 100
+
+
+@pytest.mark.parametrize("state", ["new", "later", "retried", "running", "stopped"])
+@pytest.mark.parametrize("way", ["cancel", "cancel_all", "once"])
+def test_what_ends_a_series_and_what_only_a_run(manager, clock, way, state):
+    process = steps("m:f", interval=60, retry=1, key="k")
+    pid = manager.start_process(process)
+    if state == "later":
+        store_end(manager, *store_claim(manager), "done")
+    elif state == "retried":
+        store_end(manager, *store_claim(manager), "error")
+    elif state != "new":
+        [held] = store_claim(manager)
+        if state == "stopped":
+            store_end(manager, held, "interrupt")
+    target = series_of(manager, pid)[-1]
+    if way == "cancel":
+        manager.cancel(target.pid)
+    elif way == "cancel_all":
+        manager.start_process(steps("m:f", name="other", delay=1))
+        assert manager.cancel_all(series=pid) == [target.pid]
+        assert manager.cancel_all(series=pid) == []
+        assert manager.count(name="other", status="open") == 1
+    else:
+        other = manager.start_process(steps("m:f", interval=61, key="k"))
+        assert other != target.pid
+    if state == "running":
+        assert manager.get_process_status(pid) == "running"
+        assert store_end(manager, held, "done") == "cancel"
+    assert manager.get_process_status(target.pid) == "cancelled"
+    goes_on = way == "cancel" and state in ("running", "stopped")
+    assert manager.count(series=pid, status="open") == goes_on
+
+
+def test_a_series_whose_next_time_cannot_be_found_ends_as_an_error_that_says_so(
+    manager, clock
+):
+    pid = manager.start_process(steps("m:f", cron="* * * * *", name="n"), {"x": 1})
+    with manager.store.transaction() as db:
+        db.execute(
+            "UPDATE definition SET text = replace(text, '\"* * * * *\"', ?)",
+            ('"* * * * *","tz":"No/Where"',),
+        )
+    clock.advance(60)
+    store_end(manager, *store_claim(manager), "done")
+    first, second = series_of(manager, pid)
+    assert (first.status, second.status, second.name) == ("finished", "error", "n")
+    assert second.error["type"] == "BadSpec" and second.error["step"] is None
+    assert second.error["message"].startswith("tz: no data for the time zone 'No/Wh")
+    assert second.exit_code == 1 and manager.count(status="open") == 0
+    again = manager.retry(second.pid)
+    clock.advance(60)
+    [held] = store_claim(manager)
+    assert (held.pid, held.data) == (again, '{"x":1}')
+
+
+@zoned
+def test_a_cron_series_keeps_the_time_of_the_wall_over_a_change_of_clocks(
+    manager, clock
+):
+    for start, expected in (
+        ("2024-03-29T12:00", "30T01:30 31T01:00 01T00:30"),  # 02:30 is left out
+        ("2024-10-25T12:00", "26T00:30 27T00:30 28T01:30"),  # ... and comes twice
+    ):
+        clock.at = at_utc(start)
+        with contextlib.closing(ProcessManager(f"{start[:7]}.db", now=clock)) as other:
+            pid = other.start_process(
+                steps("m:f", cron="30 2 * * *", tz="Europe/Berlin")
+            )
+            found = []
+            for _ in range(3):
+                due = series_of(other, pid)[-1].due_at
+                found.append(time.strftime("%dT%H:%M", time.gmtime(due)))
+                clock.at = due - 1
+                assert store_claim(other) == []
+                clock.at = due + 100
+                store_end(other, *store_claim(other), "done")
+            assert " ".join(found) == expected
+
+
+def test_a_series_whose_rows_were_changed_by_hand_troubles_nobody_else(manager, clock):
+    pids = manager.start_many(
+        [(steps("steps:nothing", interval=60), {"x": n}) for n in range(3)]
+    )
+    with manager.store.transaction() as db:
+        db.execute("DELETE FROM data WHERE process = 1")
+        db.execute("UPDATE data SET data = '{' WHERE process = 2")
+    other = manager.start_process(steps("steps:nothing"))
+    assert drain(manager) >= 2
+    assert manager.get_process_status(other) == "finished"
+    assert manager.get_process_status(pids[2]) == "finished"
+    assert [manager.get_process_status(pid) for pid in pids[:2]] == ["error"] * 2
+    assert manager.count(series=pids[2], status="open") == 1
+    clock.advance(60)
+    drain(manager)
+    assert manager.count(status="running") == 0
+
+
 # ===========================================================================
 # 6. Steps
 # ===========================================================================
