@@ -2929,12 +2929,12 @@ class Store(Records):
             raise NotUnique(row["pid"], row["status"], "not unique, equal to process")
         if row is not None and not self._differs(row, new):
             return str(row["pid"])
-        if row is not None:
-            self._cancel(db, row, WISH_SERIES)
         sql = "SELECT pid, status FROM process WHERE pid = ?"
         taken = db.execute(sql, (new.pid,)).fetchone()
         if taken is not None:
             raise NotUnique(taken["pid"], taken["status"], "there is a process")
+        if row is not None:
+            self._cancel(db, row, WISH_SERIES)
         return None
 
     @staticmethod
@@ -3642,6 +3642,9 @@ class Store(Records):
             data = self._input(db, row["id"], 0)
         except StorageError:  # changed by hand: the run that has ended says so
             return
+        key = row["once_key"]
+        if key is not None and self._with_key(db, key) is not None:
+            return  # while this run was being cancelled another has replaced it
         if data is None or not definition.repeats():
             return
         now = due = self.now()

@@ -3228,6 +3228,334 @@ def test_a_series_whose_rows_were_changed_by_hand_troubles_nobody_else(manager, 
     assert manager.count(status="running") == 0
 
 
+def store_once(manager, data=None, names=("a", "b"), **options):
+    """Start a process of two steps, once unless told otherwise."""
+    specs = dict.fromkeys(names, "m:f")
+    if "unique" not in options:
+        options = {"once": True, **options}
+    return manager.start_process(ManagedProcess(specs, **options), data)
+
+
+def test_once_returns_an_open_equal_process_and_starts_no_other(manager, clock):
+    pid = store_once(manager, {"x": 1, "y": {"a": 1, "b": [1, 2]}})
+    for data in (
+        {"x": 1, "y": {"a": 1, "b": [1, 2]}},
+        {"y": {"b": (1, 2), "a": 1}, "x": 1},
+    ):
+        assert store_once(manager, data) == pid
+    before = manager.get_process_info(pid)
+    clock.advance(10)
+    assert store_once(manager, {"x": 1, "y": {"a": 1, "b": [1, 2]}}, retry=0) == pid
+    assert manager.get_process_info(pid) == before and manager.count() == 1
+    assert len(manager.store.events(0)) == 1
+
+
+@pytest.mark.parametrize("kind", ["once", "unique"])
+def test_what_is_not_equal_is_started(manager, home, monkeypatch, kind):
+    options = {kind: True}
+    pids = [
+        store_once(manager, data, **options)
+        for data in (
+            *({}, {"x": 1}, {"x": 1.0}, {"x": True}, {"x": "1"}, {"x": None}),
+            *({"x": []}, {"x": [1, 2]}, {"x": [2, 1]}, {"x": {}}, {"y": 1}),
+        )
+    ]
+    pids.append(store_once(manager, names=("b", "a"), **options))
+    pids.append(store_once(manager, names=("a",), **options))
+    pids.append(store_once(manager, key="k", **options))
+    pids.append(store_once(manager, key="K", **options))
+    pids.append(store_once(manager, {"x": 1}, key="l", **options))
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    pids.append(store_once(manager, **options))
+    assert len(set(pids)) == len(pids) == manager.count(status="queued")
+
+
+def test_the_order_of_steps_counts_and_the_order_of_keys_in_a_step_does_not(manager):
+    def start(spec):
+        return manager.start_process(steps(spec, once=True))
+
+    pid = start({"shell": "x", "env": {"A": "1", "B": "2"}, "timeout": 1})
+    assert start({"timeout": 1, "env": {"B": "2", "A": "1"}, "shell": "x"}) == pid
+    assert start({"shell": "x", "env": {"A": "1", "B": "2"}, "timeout": 1.0}) != pid
+    # Found among the plain ones, which have no key of their own, as well:
+    plain = manager.start_process(steps({"shell": "y", "timeout": 1}))
+    assert start({"timeout": 1, "shell": "y"}) == plain
+    assert start({"timeout": 1.0, "shell": "y"}) != plain
+
+
+@pytest.mark.parametrize("kind", ["once", "unique"])
+@pytest.mark.parametrize("state", ["queued", "later", "running", "interrupted"])
+@pytest.mark.parametrize("how", ["plain", "once", "unique", "key", "series"])
+def test_equal_is_who_is_open_however_it_was_started(manager, clock, kind, state, how):
+    options = {"key": "k"} if how == "key" else {}
+    first = {
+        "plain": {"once": None},
+        "series": {"once": None, "interval": 60},
+        "unique": {"unique": True},
+    }.get(how, {})
+    if state == "later":
+        clock.advance(-50)
+    pid = store_once(manager, {"x": 1}, **first, **options)
+    if state == "later":
+        with manager.store.transaction() as db:
+            db.execute("UPDATE process SET due_at = due_at + 1e6")
+    elif state != "queued":
+        [held] = store_claim(manager)
+        if state == "interrupted":
+            store_end(manager, held, "interrupt")
+    if kind == "once":
+        assert store_once(manager, {"x": 1}, **options) == pid
+    else:
+        with pytest.raises(procman.NotUnique) as caught:
+            store_once(manager, {"x": 1}, unique=True, **options)
+        assert (caught.value.pid, caught.value.exit_code) == (pid, 4)
+        status = "queued" if state == "later" else state
+        words = f"nothing started: not unique, equal to process {pid}, which is"
+        assert str(caught.value) == f"{words} {status}"
+    assert manager.count() == 1
+    manager.cancel_all(series=pid)  # if it runs, a wish, with which it does not count
+    again = store_once(manager, {"x": 1}, unique=True, **options)
+    assert again != pid and manager.get_process_status(again) == "queued"
+
+
+def test_a_final_process_is_equal_to_nobody(manager):
+    for options in ({"once": True}, {"unique": True}, {"key": "k"}, {"once": None}):
+        pid = store_once(manager, **options)
+        [held] = store_claim(manager)
+        assert store_end(manager, held, "done") == "step"
+        assert store_end(manager, held._replace(step_index=1), "done") == "finish"
+        assert store_once(manager, **options) != pid
+        manager.cancel_all()
+
+
+STORE_OTHER = [
+    ("name", "n", "m"),
+    ("queue", "p", "q"),
+    ("priority", 1, 2),
+    ("delay", "1m", "2m"),
+    ("at", 2e9, 2e9 + 1),
+    ("interval", 60, 61),
+    ("cron", "@daily", "@hourly"),
+    ("timeout", 1, 2),
+    ("retry", 1, 2),
+    ("retry_interval", 1, 2),
+    ("backoff", 1.5, 2),
+    ("on_lost", "ask", "error"),
+    ("args", {"x": 1}, {"x": 2}),
+    ("dedicated", True, False),
+]
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize(("option", "value", "other"), STORE_OTHER)
+def test_once_replaces_who_has_other_options_than_those_said_now(
+    manager, option, value, other, key
+):
+    given = {} if key is None else {"key": key}
+    pid = store_once(manager, **{option: value}, **given)
+    assert store_once(manager, **given) == pid, "nothing is said of this option"
+    assert store_once(manager, **{option: value}, **given) == pid
+    new = store_once(manager, **{option: other}, **given)
+    assert new != pid
+    assert manager.get_process_status(pid) == "cancelled"
+    assert store_once(manager, **given) == new
+    assert [info.pid for info in manager.list_processes(status="open")] == [new]
+
+
+def test_once_replaces_a_plain_one_and_one_that_runs_with_its_series(manager, clock):
+    plain = store_once(manager, once=None, interval=60)
+    [held] = store_claim(manager)
+    other = store_once(manager, interval=61)
+    assert manager.get_process_status(plain) == "running"
+    assert store_once(manager, interval=61) == other, "who is to be cancelled is not"
+    assert store_end(manager, held, "done") == "cancel"
+    assert manager.count(series=plain) == 1, "its series has ended with it"
+    clock.advance(1)
+    [held] = store_claim(manager)
+    assert held.pid == other
+    new = store_once(manager, interval=60)
+    assert new not in (other, plain)
+    assert store_end(manager, held, "interrupt") == "cancel"
+    assert [info.pid for info in manager.list_processes(status="open")] == [new]
+
+
+def test_a_key_is_of_one_open_process_whatever_its_steps_and_data_are(manager):
+    pid = store_once(manager, {"x": 1}, key="k")
+    assert manager.start_process(steps("m:g", key="k"), {"y": 2}) == pid
+    with pytest.raises(procman.NotUnique):
+        manager.start_process(steps("m:g", key="k", unique=True))
+    with contextlib.closing(
+        ProcessManager(manager.path, defaults={"unique": True}, now=manager.store.now)
+    ) as strict, pytest.raises(procman.NotUnique):
+        strict.start_process(steps("m:g", key="k"))
+    assert manager.count() == 1
+
+
+def test_each_run_of_a_series_has_its_key_and_only_the_open_one_counts(manager, clock):
+    first = store_once(manager, names=("a",), key="k", interval=60)
+    for _ in range(3):
+        store_end(manager, *store_claim(manager), "done")
+        [current] = manager.list_processes(series=first, status="open")
+        assert store_once(manager, key="k") == current.pid != first
+        with pytest.raises(procman.NotUnique, match=current.pid):
+            store_once(manager, key="k", unique=True)
+        clock.advance(60)
+    assert manager.count(status="open") == 1
+
+
+@pytest.mark.parametrize("new_interval", [60, None])
+def test_a_key_given_anew_while_a_run_is_being_cancelled_is_not_taken_twice(
+    manager, clock, new_interval
+):
+    old = store_once(manager, names=("a",), key="k", interval=60)
+    [held] = store_claim(manager)
+    manager.cancel(old)
+    new = store_once(manager, names=("a",), key="k", interval=new_interval)
+    assert new != old
+    assert store_end(manager, held, "done") == "cancel"
+    assert [info.pid for info in manager.list_processes(status="open")] == [new]
+
+
+def test_a_retry_does_not_take_the_key_of_another_open_process(manager):
+    old = store_once(manager, names=("a",), key="k")
+    store_end(manager, *store_claim(manager), "error")
+    new = store_once(manager, names=("a",), key="k")
+    with pytest.raises(procman.NotUnique, match=f"the key is that of {new}, which is"):
+        manager.retry(old)
+    assert manager.retry_failed() == [(old, None)]
+    manager.cancel(new)
+    again = manager.retry(old)
+    assert store_once(manager, names=("a",), key="k") == again
+
+
+def test_a_pid_of_ones_own_is_taken_once(manager):
+    pid = "0123456789abcdef" * 2
+    assert manager.start_process(steps("m:f", pid=pid)) == pid
+    for options in ({}, {"once": True, "name": "n"}, {"key": "k"}):
+        with pytest.raises(procman.NotUnique) as caught:
+            manager.start_process(steps("m:g", pid=pid, **options))
+        text = f"nothing started: there is a process {pid}, which is queued"
+        assert str(caught.value) == text and caught.value.exit_code == 4
+    assert manager.start_process(steps("m:f", pid=pid, once=True)) == pid, "the same"
+    assert manager.start_process(steps("m:f", pid="f" * 32, once=True)) == pid
+    manager.cancel(pid)
+    with pytest.raises(procman.NotUnique, match="which is cancelled"):
+        manager.start_many([steps("m:h"), steps("m:f", pid=pid)])
+    with pytest.raises(procman.NotUnique):
+        manager.start_many([steps("m:h", pid="a" * 32), steps("m:i", pid="a" * 32)])
+    assert manager.count() == 1
+
+
+def test_a_start_that_is_refused_cancels_nobody_even_in_the_callers_transaction(
+    manager,
+):
+    old = store_once(manager, key="k", name="old")
+    taken = manager.start_process(steps("m:f"))
+    with contextlib.closing(sqlite3.connect(manager.path)) as own:
+        own.execute("BEGIN IMMEDIATE")
+        with pytest.raises(procman.NotUnique, match=taken):
+            manager.start_process(
+                steps("m:f", key="k", name="new", pid=taken), connection=own
+            )
+        own.commit()
+    assert manager.get_process_status(old) == "queued"
+    assert manager.count() == 2
+
+
+def test_those_that_are_started_together_are_compared_with_each_other(manager):
+    plain, once = steps("m:f"), steps("m:f", once=True)
+    a, b, c, d, e = manager.start_many(
+        [(plain, {"x": 1}), (once, {"x": 1}), (once, {"x": 2}), once, (once, {"x": 2})]
+    )
+    assert (a, c) == (b, e) and len({a, c, d}) == 3 == manager.count()
+    k, m, other = manager.start_many(
+        [steps("m:f", key="k"), steps("m:g", key="k"), steps("m:g", key="k", name="n")]
+    )
+    assert k == m != other and manager.get_process_status(k) == "cancelled"
+    for batch in (
+        [steps("m:z"), steps("m:h", unique=True), steps("m:h", unique=True)],
+        [steps("m:z"), steps("m:h"), steps("m:h", unique=True)],
+        [steps("m:z"), steps("m:h", key="k", unique=True)],
+    ):
+        with pytest.raises(procman.NotUnique):
+            manager.start_many(batch)
+    assert manager.count() == 5, "all or none"
+    manager.start_many([steps("m:h", unique=True), steps("m:h")])
+    assert manager.count() == 7, "a plain one looks for nobody"
+
+
+def test_once_joins_the_transaction_of_its_caller(manager):
+    pid = store_once(manager, names=("a",))
+    store_once(manager, names=("a",), key="k", name="old")
+    before = manager.list_processes()
+    with contextlib.closing(sqlite3.connect(manager.path)) as own:
+        for end in (own.rollback, own.commit):
+            own.execute("BEGIN IMMEDIATE")
+            once = steps("m:f", once=True)
+            assert manager.start_process(once, connection=own) == pid
+            fresh = steps("m:f", once=True, key="l")
+            new = manager.start_process(fresh, connection=own)
+            assert manager.start_process(fresh, connection=own) == new
+            replacing = steps("m:f", key="k", name="new")
+            manager.start_process(replacing, connection=own)
+            with pytest.raises(procman.NotUnique):
+                manager.start_process(steps("m:f", unique=True), connection=own)
+            assert manager.list_processes() == before and own.in_transaction
+            end()
+            assert manager.count() == (2 if end == own.rollback else 4)
+    assert manager.count(status="cancelled") == 1
+
+
+STORE_RACES = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import procman
+from procman import ManagedProcess
+manager = procman.ProcessManager("procman.db")
+manager.count()
+open("ready" + sys.argv[2], "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.001)
+for number in range(3):
+    own = {"key": "u%d" % number, "unique": True}
+    kinds = [{"once": True}, {"unique": True}, {"key": "k"}, own]
+    for options in (*kinds, {"pid": "%032x" % number}):
+        steps = {"a": "m:f", **{name: "m:f" for name in options}}
+        try:
+            process = ManagedProcess(steps, **options)
+            print(manager.start_process(process, {"n": number}))
+        except procman.NotUnique as error:
+            print(error.exit_code)
+"""
+
+
+def test_of_ten_that_start_the_same_at_once_one_does(manager, home):
+    manager.start_process(steps("m:f"))
+    words = [sys.executable, "-c", STORE_RACES, str(HERE)]
+    children = [
+        subprocess.Popen([*words, str(number)], stdout=subprocess.PIPE)
+        for number in range(10)
+    ]
+    try:
+        eventually(lambda: len(list(home.glob("ready*"))) == 10)
+        (home / "go").touch()
+        said = [child.communicate(timeout=60)[0].split() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [len(words) for words in said] == [15] * 10
+    made = set()
+    for number, answers in enumerate(zip(*said)):
+        kind = number % 5
+        pids = {answer for answer in answers if len(answer) == 32}
+        assert len(pids) == 1, "all the same, or the one that was first"
+        assert answers.count(b"4") == (0 if kind in (0, 2) else 9)
+        made |= pids
+    assert len(made) == 13, "a key is that of the process of the first round"
+    assert manager.count() == 1 + len(made)
+
+
 # ===========================================================================
 # 6. Steps
 # ===========================================================================
