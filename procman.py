@@ -3686,8 +3686,11 @@ class Store(Records):
             "SELECT * FROM process WHERE status = 'queued' AND due_from > ?", (now,)
         ).fetchall()
         for row in rows:
-            option = self.definition(row["definition"]).option
-            due = counted_anew(option, dict(row), now)
+            try:
+                option = self.definition(row["definition"]).option
+                due = counted_anew(option, dict(row), now)
+            except ProcmanError:  # no data of its time zone, say: it stays as it is
+                continue
             sql = "UPDATE process SET due_at = ?, due_from = ? WHERE id = ?"
             db.execute(sql, (due, now, row["id"]))
 

@@ -3556,6 +3556,316 @@ def test_of_ten_that_start_the_same_at_once_one_does(manager, home):
     assert manager.count() == 1 + len(made)
 
 
+def store_dues(manager, pids):
+    """When each is due, from now on."""
+    now = manager.store.now()
+    return [round(manager.get_process_info(pid).due_at - now, 3) for pid in pids]
+
+
+STORE_BACK = [86400.0, 10 * 365 * 86400.0]
+
+
+@pytest.mark.parametrize("back", STORE_BACK)
+@pytest.mark.parametrize("way", ["a look", "a start", "a cancel", "a claim"])
+def test_a_clock_set_back_holds_up_only_what_is_due_at_a_moment(
+    manager, clock, back, way
+):
+    clock.at = TIME_NOON + 30
+    moment = clock.at + 500
+    retried = manager.start_process(steps("m:f", retry=1, retry_interval=300))
+    store_end(manager, *store_claim(manager), "error")
+    run = manager.start_process(steps("m:f", interval=3600))
+    store_end(manager, *store_claim(manager), "done")
+    [run] = [info.pid for info in manager.list_processes(series=run, status="open")]
+    pids = manager.start_many(
+        [
+            steps("m:f"),
+            steps("m:f", delay="1h"),
+            steps("m:f", at=moment),
+            steps("m:f", cron="*/10 * * * *"),
+            steps("m:f", at=moment, cron="*/10 * * * *"),
+        ]
+    )
+    pids += [retried, run]
+    assert store_dues(manager, pids) == [0, 3600, 500, 570, 570, 300, 3600]
+    proceeded = manager.start_process(steps("m:f", "m:f", name="p", priority=9))
+    store_end(manager, store_claim(manager, pid=proceeded)[0], "interrupt")
+    manager.proceed(proceeded)
+    spare = manager.start_process(steps("m:f", delay="1d"))
+    clock.advance(-back)
+    if way == "a look":
+        manager.store.look_at_clock()
+    elif way == "a start":
+        manager.start_process(steps("m:f", delay="2d"))
+    elif way == "a cancel":
+        manager.cancel(spare)
+    else:
+        assert len(store_claim(manager, pid=spare)) == 1
+    found = store_dues(manager, pids)
+    assert found == [0, 3600, 500 + back, 570, 570 + back, 300, 3600]
+    assert [held.pid for held in store_claim(manager)] == [proceeded, pids[0]]
+    before = manager.store.read("SELECT count(*) FROM event")[0][0]
+    for _ in range(3):
+        manager.store.look_at_clock()
+    clock.advance(1000)
+    manager.store.look_at_clock()
+    assert manager.store.read("SELECT count(*) FROM event")[0][0] == before
+    claimed = {held.pid for held in store_claim(manager)}
+    assert claimed == {pids[3], pids[5]}
+    clock.advance(3000)
+    assert {held.pid for held in store_claim(manager)} == {pids[1], pids[6]}
+    clock.at = moment + 600
+    assert {held.pid for held in store_claim(manager)} >= {pids[2], pids[4]}
+
+
+@pytest.mark.parametrize("back", STORE_BACK)
+def test_what_runs_while_the_clock_is_set_back_is_due_when_it_is_given_back(
+    manager, clock, back
+):
+    pids = manager.start_many([steps("m:f")] * 3)
+    held = store_claim(manager)
+    clock.advance(-back)
+    manager.store.look_at_clock()
+    assert store_end(manager, held[0], "stopped") == "give_back"
+    assert store_crash(manager) == pids[1:]
+    assert [one.pid for one in store_claim(manager)] == pids[:1], "the others crashed"
+    assert [one.pid for one in store_claim(manager)] == pids[1:2]
+
+
+def test_a_clock_that_trembles_sets_nothing_back(manager, clock):
+    pid = manager.start_process(steps("m:f", delay=10))
+    due = manager.get_process_info(pid).due_at
+    for _ in range(20):
+        clock.advance(-0.9)
+        manager.store.look_at_clock()
+        clock.advance(0.9)
+    assert manager.get_process_info(pid).due_at == due
+    assert len(manager.store.read("SELECT * FROM event")) == 1
+
+
+def test_a_cron_run_comes_once_in_its_minute_though_the_clock_goes_back(manager, clock):
+    clock.at = TIME_NOON - 600
+    pid = manager.start_process(steps("m:f", cron="0 12 * * *"))
+    clock.at = TIME_NOON + 0.5
+    [held] = store_claim(manager)
+    clock.advance(-30)
+    manager.store.look_at_clock()
+    clock.advance(5)
+    store_end(manager, held, "done")
+    assert series_of(manager, pid)[-1].due_at == TIME_NOON + 86400
+
+
+def test_a_time_zone_without_data_holds_nobody_up_when_the_clock_is_set_back(
+    manager, clock
+):
+    pids = manager.start_many(
+        [steps("m:f", cron="@daily"), steps("m:f", delay=50), steps("m:g", interval=5)]
+    )
+    with manager.store.transaction() as db:
+        sql = "UPDATE definition SET text = replace(text, '\"@daily\"', ?)"
+        db.execute(sql, ('"@daily","tz":"No/Where"',))
+    due = manager.get_process_info(pids[0]).due_at
+    clock.advance(-86400)
+    new = manager.start_process(steps("m:f"))
+    assert manager.get_process_info(pids[0]).due_at == due
+    assert store_dues(manager, pids[1:]) == [50, 0]
+    assert {held.pid for held in store_claim(manager)} == {new, pids[2]}
+
+
+@pytest.mark.parametrize("back", STORE_BACK)
+def test_an_idle_runner_notices_a_clock_that_is_set_back(manager, clock, back):
+    pids = manager.start_many(
+        [
+            steps("steps:nothing", delay=3600),
+            steps("steps:nothing", delay=1, interval=3600),
+        ]
+    )
+    with thread_runner(manager):
+        clock.advance(-back)
+        eventually(lambda: store_dues(manager, pids) == [3600, 1])
+        clock.advance(2)
+        manager.wait(pids[1], 20)
+        [late] = manager.list_processes(series=pids[1], status="queued")
+        assert store_dues(manager, [pids[0], late.pid]) == [3598, 3600]
+        clock.advance(3600)
+        manager.wait_all([pids[0], late.pid], 20)
+        assert manager.count(series=pids[1]) == 3 and manager.count() == 4
+
+
+def test_a_clock_that_leaps_runs_each_series_once_and_not_in_a_storm(manager, clock):
+    series = manager.start_many(
+        [
+            (steps("steps:nothing", interval=60), {"n": 0}),
+            steps("steps:nothing", interval=60, interval_from="start"),
+            steps("steps:nothing", interval="1d"),
+            steps("steps:nothing", cron="* * * * *"),
+            steps("steps:nothing", cron="@daily"),
+        ]
+    )
+    clock.advance(86400)
+    drain(manager)
+    for leap, wanted in [
+        (10 * 365 * 86400, [1] * 5),
+        (-10 * 365 * 86400, [0] * 5),
+        (59, [0, 0, 0, None, None]),
+        (1, [1, 1, 0, None, None]),
+        (-86400, [0] * 5),
+        (86400, [1] * 5),
+        (0, [0] * 5),
+    ]:
+        before = [manager.count(series=pid, status="finished") for pid in series]
+        clock.advance(leap)
+        manager.store.look_at_clock()
+        drain(manager)
+        after = [manager.count(series=pid, status="finished") for pid in series]
+        ran = [late - early for early, late in zip(before, after)]
+        assert all(
+            count == most or (most is None and count <= 1)
+            for count, most in zip(ran, wanted)
+        ), (leap, ran)
+        assert manager.count(status="open") == 5
+
+
+def test_as_many_of_a_name_run_as_may_whichever_runner_claims_them(manager):
+    pids = manager.start_many(
+        [steps("m:f", name=name) for name in "aaab"] + [steps("m:f")] * 2
+    )
+    limits = {"a": 2, "b": 1, "none of these": 1}
+    held = store_claim(manager, concurrency=limits, room=1)
+    assert [one.pid for one in held] == pids[:1]
+    held += store_claim(manager, concurrency=limits, room=9)
+    assert [one.pid for one in held] == [*pids[:2], *pids[3:]], "counted in one batch"
+    more = manager.start_many(
+        [steps("m:f", name=name, priority=5) for name in "aab"]
+        + [steps("m:f", name="c", priority=-5), steps("m:f", name="a", dedicated=True)]
+    )
+    # Those that are passed over do not stand in the way of others.
+    [one] = store_claim(manager, concurrency=limits, room=1)
+    assert one.pid == more[3]
+    assert store_claim(manager, concurrency=limits) == []
+    store_end(manager, held[0], "error")
+    [one] = store_claim(manager, concurrency=limits)
+    assert one.pid == more[0], "the first of those that were passed over"
+    store_end(manager, held[2], "done")
+    assert [one.pid for one in store_claim(manager, concurrency=limits)] == [more[2]]
+    assert store_claim(manager, concurrency={"a": 2}) == []
+    # Who has no limit of its own does not keep one.
+    assert {one.pid for one in store_claim(manager)} == {pids[2], more[1], more[4]}
+
+
+def test_dedicated_ones_have_a_room_of_their_own(manager):
+    pids = manager.start_many(
+        [steps("m:f", dedicated=n % 2 == 1, priority=n) for n in range(8)]
+    )
+    held = store_claim(manager, room=2, dedicated=0)
+    assert [one.pid for one in held] == [pids[6], pids[4]]
+    assert not any(one.dedicated for one in held)
+    held = store_claim(manager, room=0, dedicated=1)
+    assert [(one.pid, one.dedicated) for one in held] == [(pids[7], True)]
+    assert store_claim(manager, room=0, dedicated=0) == []
+    held = store_claim(manager, room=5, dedicated=5, most=1)
+    assert [one.pid for one in held] == [pids[2]]
+    held = store_claim(manager, room=5, dedicated=5, most=3)
+    assert [one.pid for one in held] == [pids[0], pids[5], pids[3]]
+    assert store_claim(manager, pid=pids[1], room=1, dedicated=0) == []
+    assert len(store_claim(manager, pid=pids[1], room=0, dedicated=1)) == 1
+
+
+def store_random_process(chance):
+    return steps(
+        "m:f",
+        priority=chance.choice((0, 0, -1, 5)),
+        queue=chance.choice(("default", "a", "b")),
+        dedicated=chance.random() < 0.3,
+        name=chance.choice((None, "x", "y", "z")),
+        delay=chance.choice((0, 0, 5, 50)),
+    )
+
+
+def test_a_runner_waits_until_just_that_moment_at_which_it_can_claim_something(
+    manager, clock
+):
+    chance, store, held = random.Random(20240313), manager.store, []
+    runners = [store.add_runner(name, "", ["default"], None) for name in "ab"]
+    pids, claims, empty = [], 0, 0
+    for _ in range(250):
+        if chance.random() < 0.3:
+            pids += manager.start_many(
+                store_random_process(chance) for _ in range(chance.randint(1, 6))
+            )
+        if chance.random() < 0.5:
+            clock.advance(chance.choice((1, 4, 50)))
+        for one in [one for one in held if chance.random() < 0.4]:
+            held.remove(one)
+            store_end(manager, one, chance.choice(("done", "stopped")))
+        if chance.random() < 0.1:
+            sql = "UPDATE process SET crashes = 1 WHERE status = 'queued' AND id % 5 < 1"
+            with store.transaction() as db:
+                db.execute(sql)
+        wanted = procman.Demand(
+            chance.sample(("default", "a", "b", "c"), chance.randint(1, 3)),
+            None,
+            {name: chance.randint(1, 3) for name in "xyz" if chance.random() < 0.5},
+            chance.randint(0, 4),
+            chance.randint(0, 2),
+            chance.choice((None, None, 1, 3)),
+        )
+        if pids and chance.random() < 0.1:
+            wanted = procman.Demand(("default",), chance.choice(pids), {}, 1, 1)
+        due = store.next_due(wanted)
+        with store.transaction() as db:
+            found = store.claim_due(db, chance.choice(runners), wanted)
+        assert bool(found) == (due is not None and due <= clock.at), wanted
+        held += found
+        claims, empty = claims + bool(found), empty + (not found)
+        if wanted.pid is None:
+            most = wanted.room + wanted.dedicated
+            assert len(found) <= (most if wanted.most is None else wanted.most)
+            assert sum(one.dedicated for one in found) <= wanted.dedicated
+            for name, limit in wanted.concurrency.items():
+                mine = [one for one in found if store.find(one.pid)["name"] == name]
+                assert not mine or manager.count(name=name, status="running") <= limit
+    assert claims > 40 and empty > 40
+
+
+def test_prune_leaves_a_series_what_is_left_of_it(manager, clock):
+    first = manager.start_process(steps("m:f", interval=60))
+    store_end(manager, *store_claim(manager), "error")
+    again = manager.retry(first)
+    assert manager.retry_failed(dry_run=True) == []
+    clock.advance(59)
+    [held] = store_claim(manager)
+    assert held.pid == again
+    store_end(manager, held, "error")
+    clock.advance(1)
+    [held] = store_claim(manager)
+    assert manager.prune(30) == 1
+    with pytest.raises(procman.NotFound):
+        manager.get_process_info(first)
+    left = [info.pid for info in manager.list_processes(series=first)]
+    assert sorted(left) == sorted([again, held.pid])
+    for pid in left:
+        assert manager.count(series=pid) == 2
+    store_end(manager, held, "done")
+    assert manager.count(series=first, status="queued") == 1
+    # Its number is nobody else's: what it was retried as is not that of another.
+    assert manager.retry_failed(dry_run=True) == [(again, None)]
+    [(_, new)] = manager.retry_failed()
+    assert manager.get_process_info(new).series == first
+    assert manager.prune(0) == 2 and manager.count() == 2
+    other = manager.start_process(steps("m:g"))
+    store_end(manager, store_claim(manager, pid=other)[0], "error")
+    assert manager.retry_failed(dry_run=True) == [(other, None)]
+    assert manager.cancel_all(series=first) and manager.count(status="open") == 0
+    manager.prune(0)
+    with pytest.raises(procman.NotFound):
+        manager.list_processes(series=first)
+    rows = manager.store.read(
+        "SELECT (SELECT count(*) FROM definition), (SELECT count(*) FROM data)"
+    )
+    assert tuple(rows[0]) == (0, 0)
+
+
 # ===========================================================================
 # 6. Steps
 # ===========================================================================
