@@ -2968,9 +2968,10 @@ class Store(Records):
             (crc,),
         )
         for row in rows:
-            if Definition(row["text"]).fingerprint(row["data"]) == new.once_key:
-                found: Row = row
-                return found
+            with contextlib.suppress(ValueError, TypeError):  # changed by hand
+                if Definition(row["text"]).fingerprint(row["data"]) == new.once_key:
+                    found: Row = row
+                    return found
         return None
 
     @staticmethod

@@ -3380,6 +3380,17 @@ def test_once_replaces_a_plain_one_and_one_that_runs_with_its_series(manager, cl
     assert [info.pid for info in manager.list_processes(status="open")] == [new]
 
 
+def test_a_row_that_was_changed_by_hand_is_equal_to_nobody(manager):
+    pids = [store_once(manager, once=None) for _ in range(3)]
+    with manager.store.transaction() as db:
+        for row, data in ((1, "{"), (2, 5)):
+            db.execute("UPDATE data SET data = ? WHERE process = ?", (data, row))
+    assert store_once(manager) == pids[2]
+    with manager.store.transaction() as db:
+        db.execute("DELETE FROM data WHERE process = 3")
+    assert store_once(manager) not in pids
+
+
 def test_a_key_is_of_one_open_process_whatever_its_steps_and_data_are(manager):
     pid = store_once(manager, {"x": 1}, key="k")
     assert manager.start_process(steps("m:g", key="k"), {"y": 2}) == pid
@@ -3799,7 +3810,7 @@ def test_a_runner_waits_until_just_that_moment_at_which_it_can_claim_something(
             held.remove(one)
             store_end(manager, one, chance.choice(("done", "stopped")))
         if chance.random() < 0.1:
-            sql = "UPDATE process SET crashes = 1 WHERE status = 'queued' AND id % 5 < 1"
+            sql = "UPDATE process SET crashes = 1 WHERE status = 'queued' AND id % 2"
             with store.transaction() as db:
                 db.execute(sql)
         wanted = procman.Demand(
