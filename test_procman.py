@@ -3327,6 +3327,8 @@ def test_a_final_process_is_equal_to_nobody(manager):
         assert store_end(manager, held._replace(step_index=1), "done") == "finish"
         assert store_once(manager, **options) != pid
         manager.cancel_all()
+        assert store_once(manager, **options) != store_once(manager, name="new")
+        manager.cancel_all()
 
 
 STORE_OTHER = [
