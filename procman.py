@@ -1075,6 +1075,14 @@ def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | No
     return due, now if at is None else None
 
 
+def _cron_start(reached: float, now: float) -> float:
+    """From when on to look for the next time, where a clock had `reached` a moment.
+
+    What is set back by less than three hours makes no second run, as in Vixie's cron.
+    """
+    return reached if now < reached <= now + 3 * 3600 else now
+
+
 def successor_due(
     option: Callable[[str], Any], now: float, started: float
 ) -> float:
@@ -1083,8 +1091,7 @@ def successor_due(
     `option` gives the options, `started` is when the run that ended was claimed.
     """
     if option("cron") is not None:
-        # A clock that is set back by a little makes no second run of the same minute.
-        after = started if now < started <= now + 60 else now
+        after = _cron_start(started, now)
         return next_cron(option("cron"), after, option("tz"))
     interval: float = max(0.0, option("interval"))
     from_start = option("interval_from") == "start"
@@ -1098,7 +1105,8 @@ def counted_anew(
 ) -> float:
     """When what is queued is due by a clock that has been set back to `now`."""
     if option("cron") is not None and row["started_at"] is None:
-        return next_cron(option("cron"), now, option("tz"))
+        after = _cron_start(row["due_from"], now)
+        return next_cron(option("cron"), after, option("tz"))
     return now + max(0.0, float(row["due_at"] - row["due_from"]))
 
 

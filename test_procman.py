@@ -1581,11 +1581,12 @@ def test_a_new_process_with_cron_is_due_in_its_own_time_zone():
         ({"cron": "*/10 * * * *"}, 599, 0, 600),
         ({"cron": "*/10 * * * *"}, 600, 0, 1200),
         ({"cron": "*/10 * * * *"}, 1, -86400, 600),
-        # ... by a little, which makes no second run of the same minute:
+        # ... by less than three hours, which makes no second run:
         ({"cron": "*/10 * * * *"}, -1, 0.25, 600),
         ({"cron": "*/10 * * * *"}, -59, 0.25, 600),
         ({"cron": "* * * * *"}, -30, 0.25, 60),
-        ({"cron": "*/10 * * * *"}, -61, 0.25, 0),
+        ({"cron": "*/10 * * * *"}, -10799, 0.25, 600),
+        ({"cron": "*/10 * * * *"}, -10801, 0.25, -10800),
         ({"cron": "*/10 * * * *"}, -86401, 0.25, -86400),
     ],
 )
@@ -1604,6 +1605,8 @@ def test_when_the_next_run_of_a_series_is_due(options, now, started, due):
         ({"retry": 5}, 86000, 86400, 86700, 300),
         ({"delay": 60.0}, None, 86400, 86399, 0),  # a proceeded one, at the front
         ({"cron": "*/10 * * * *"}, None, 86400, 87000, 600),
+        ({"cron": "*/10 * * * *"}, None, 2, 600, 600),
+        ({"cron": "*/10 * * * *"}, None, 6002, 6600, 6600),
         ({"cron": "*/10 * * * *"}, None, 10 * 365 * 86400, 10 * 365 * 86400 + 9, 600),
         ({"cron": "*/10 * * * *", "retry": 5}, 86000, 86400, 86431, 31),
     ],
