@@ -2971,9 +2971,9 @@ class Store(Records):
              CROSS JOIN process ON process.definition = definition.id
              CROSS JOIN data ON data.process = process.id AND data.step_index = 0
              WHERE definition.likeness = ? AND process.finished_at IS NULL
-               AND NOT process.cancel_requested
+               AND NOT process.cancel_requested AND length(data.data) = ?
              ORDER BY process.id DESC""",
-            (crc,),
+            (crc, len(new.data)),  # keys in another order make no other length
         )
         for row in rows:
             with contextlib.suppress(ValueError, TypeError):  # changed by hand

@@ -3284,6 +3284,10 @@ def test_the_order_of_steps_counts_and_the_order_of_keys_in_a_step_does_not(mana
     # Found among the plain ones, which have no key of their own, as well:
     plain = manager.start_process(steps({"shell": "y", "timeout": 1}))
     assert start({"timeout": 1, "shell": "y"}) == plain
+    data = {"ä\U0001f600\0": ["ß\n", 1e5, -0.0], "x": {"b": "", "a": None}}
+    plain = manager.start_process(steps("m:f"), data)
+    again = {"x": {"a": None, "b": ""}, "ä\U0001f600\0": ("ß\n", 100000.0, -0.0)}
+    assert manager.start_process(steps("m:f", once=True), again) == plain
     assert start({"timeout": 1.0, "shell": "y"}) != plain
 
 
