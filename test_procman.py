@@ -3886,6 +3886,66 @@ def test_prune_leaves_a_series_what_is_left_of_it(manager, clock):
     assert tuple(rows[0]) == (0, 0)
 
 
+def store_random_verb(chance, manager, clock, held, pids):
+    """Do something that a user, a runner or the clock might do."""
+    verb = chance.choice(("start", "start", "claim", "claim", "end", "end", "steer"))
+    pid = chance.choice(pids or ["0" * 32])
+    if verb == "start":
+        key = chance.choice(({"once": True}, {"unique": True}, {"key": "k"}, {}))
+        more = chance.choice(({}, {"interval": chance.choice((-1, 60, 61))}))
+        process = steps("m:f", "m:g", retry=chance.randint(0, 1), **key, **more)
+        pids.append(manager.start_process(process, {"x": chance.randint(0, 1)}))
+    elif verb == "claim":
+        held += store_claim(manager, room=chance.randint(1, 3))
+    elif verb == "end" and held:
+        endings = ("done", "done", "error", "timeout", "interrupt", "stopped")
+        one = held.pop(chance.randrange(len(held)))
+        if store_end(manager, one, chance.choice(endings)) == "step":
+            held.append(one._replace(step_index=1, data="{}"))
+    elif verb == "steer":
+        call = chance.choice(("cancel", "pause", "proceed", "retry", "clock", "crash"))
+        if call == "clock":
+            clock.advance(chance.choice((1, 60, 400, 400, -5000)))
+        elif call == "crash" and chance.random() < 0.3:
+            store_crash(manager)
+        elif call != "crash":
+            pids += {getattr(manager, call)(pid)} - set(pids)
+            pids += [info.pid for info in manager.list_processes()[:1]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_key_is_taken_twice_and_no_series_has_two_runs_whatever_happens(
+    manager, clock, seed
+):
+    chance, held, pids, refused = random.Random(seed), [], [], 0
+    for _ in range(250):
+        try:
+            store_random_verb(chance, manager, clock, held, pids)
+        except (procman.WrongState, procman.NotFound):
+            refused += 1
+        twice = manager.store.read(
+            """
+            SELECT once_key FROM process
+             WHERE once_key IS NOT NULL AND finished_at IS NULL
+               AND NOT cancel_requested
+             GROUP BY once_key HAVING count(*) > 1"""
+        )
+        assert [tuple(row) for row in twice] == []
+        twice = manager.store.read(
+            """
+            SELECT series FROM process JOIN definition
+                ON definition.id = process.definition
+             WHERE finished_at IS NULL AND text LIKE '%"interval":%'
+             GROUP BY series HAVING count(*) > 1"""
+        )
+        assert [tuple(row) for row in twice] == []
+    assert refused < 200 and manager.count(status="final") > 20
+    assert manager.store.trouble() is None
+    manager.cancel_all()
+    store_crash(manager)
+    assert manager.count(status="open") == 0
+
+
 # ===========================================================================
 # 6. Steps
 # ===========================================================================
