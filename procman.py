@@ -2720,7 +2720,9 @@ class Records(Database):
             return f"it waits for {self.read(sql, (row['id'],))[0][0]} children"
         if status == INTERRUPTED:
             said = f", because {error['message']}" if error else ""
-            return f"it is interrupted before step {step}{said}: proceed continues it"
+            last = row["step_index"] == len(self.definition(row["definition"]).steps)
+            where = "after its last step" if last else f"before step {step}"
+            return f"it is interrupted {where}{said}: proceed continues it"
         return self._why_queued(row)
 
     def _why_queued(self, row: Row) -> str:
