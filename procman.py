@@ -2738,20 +2738,27 @@ class Records(Database):
         ]
         if not serving:
             return f"no runner serves queue {queue}: start one that does"
-        limits = [state["concurrency"].get(row["name"], 2**31) for state in serving]
-        most = max(limits)
-        if self._full({row["name"]: most}):
-            return f"as many named {quoted(row['name'])} run as may at once, {most}"
+        limits = {
+            name: max(other["concurrency"].get(name, 2**31) for other in serving)
+            for state in serving
+            for name in state["concurrency"]
+        }
+        full = self._full(limits)
+        if row["name"] in full:
+            words = f"as many named {quoted(row['name'])} run as may at once"
+            return f"{words}, {limits[row['name']]}"
+        clause, names = self._not(full)
         ahead = self.read(
-            """
-            SELECT count(*) FROM process
+            f"""
+            SELECT count(*) FROM process AS p
              WHERE status = 'queued' AND dedicated = ? AND queue = ? AND due_at <= ?
                AND (priority > ?
-                    OR (priority = ? AND (due_at < ? OR (due_at = ? AND id < ?))))""",
+                    OR (priority = ? AND (due_at < ? OR (due_at = ? AND id < ?))))
+                   {clause}""",
             (
                 *(row["dedicated"], row["queue"], now),
                 *(row["priority"], row["priority"]),
-                *(row["due_at"], row["due_at"], row["id"]),
+                *(row["due_at"], row["due_at"], row["id"], *names),
             ),
         )[0][0]
         if ahead:
