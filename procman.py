@@ -3272,7 +3272,10 @@ class Store(Records):
         elif row["status"] == QUEUED:
             self.transition(db, "pause", Move(row["id"]))
         elif row["status"] != INTERRUPTED:
-            raise WrongState(row["pid"], "pause", row["status"], (QUEUED, RUNNING))
+            # One that runs comes here only if it is wanted cancelled.
+            running = row["status"] == RUNNING
+            status = "being cancelled" if running else row["status"]
+            raise WrongState(row["pid"], "pause", status, (QUEUED, RUNNING))
         return str(row["pid"])
 
     def proceed(self, db: Connection, pid: str, data: Json) -> str:
