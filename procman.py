@@ -4826,7 +4826,8 @@ class ProcessManager:
             # In this order: what comes between is found the next time.
             version = self.store.version()
             over = pid is not None and self._has_ended(pid)
-            some = self.store.events(number, pid, kinds) if version != seen else []
+            fresh = over or version != seen
+            some = self.store.events(number, pid, kinds) if fresh else []
             for event in some:
                 number = event["number"]
                 yield event
