@@ -129,8 +129,9 @@ class Clock:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A directory of its own, with steps.py, to work in."""
-    for name in ("PROCMAN_DB", "PYTHONPATH"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("PROCMAN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     (tmp_path / "steps.py").write_text(STEPS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -5295,6 +5296,1011 @@ def test_an_unknown_pid_is_not_found_by_any_verb(manager):
             with pytest.raises(TypeError):
                 verb(pid)
     assert manager.count(status="queued") == 1
+
+
+# --- cancelling --------------------------------------------------------------
+
+
+def event_rows(manager):
+    """All of the table of events, as (number, kind)."""
+    return [(row["number"], row["kind"]) for row in store_events(manager)]
+
+
+def held_at(more, **data):
+    """Data for `more:hold`: it runs until the file `go` is there."""
+    return {"go": str(more / "go"), "ledger": str(more / "ledger"), **data}
+
+
+def until_held(more, times=1):
+    """Wait until so many steps run that only the file `go` ends."""
+    eventually(lambda: read_ledger(more / "ledger").count("hold") >= times)
+
+
+def set_columns(manager, pid, **columns):
+    """What no verb sets: columns of a row, by SQL."""
+    with manager.store.transaction() as db:
+        names = ", ".join(f"{name} = ?" for name in columns)
+        sql = f"UPDATE process SET {names} WHERE pid = ?"
+        assert db.execute(sql, (*columns.values(), pid)).rowcount == 1
+
+
+def all_final(manager):
+    """One process of each final state: {state: pid}."""
+    slow = steps("more:do", timeout=0.3)
+    pids = manager.start_many(
+        [
+            (steps("steps:double"), {"n": 1}),
+            steps("steps:fail"),
+            (slow, {"do": "time.sleep(600)"}),
+            steps("steps:nothing", delay=60),
+        ]
+    )
+    manager.cancel(pids[3])
+    drain(manager)
+    found = dict(zip(procman.FINAL_STATES, pids))
+    assert statuses(manager, pids) == list(found)
+    return found
+
+
+def test_cancel_ends_every_open_state_once_and_a_second_cancel_is_fine(manager, more):
+    queued, later, paused, waits, asks, runs = manager.start_many(
+        [
+            steps("steps:nothing", queue="other"),
+            steps("steps:nothing", delay=60),
+            steps("steps:nothing", queue="other"),
+            steps("steps:nothing", queue="other"),
+            steps("steps:Ask", "steps:nothing"),
+            (steps("more:hold"), held_at(more)),
+        ]
+    )
+    manager.pause(paused)
+    set_columns(manager, waits, status="waiting")
+    with thread_runner(manager):
+        until_held(more)
+        pids = [queued, later, paused, waits, asks, runs]
+        assert statuses(manager, pids) == [
+            *("queued", "queued", "interrupted", "waiting", "interrupted", "running")
+        ]
+        for pid in pids:
+            assert manager.cancel(pid[:12]) == manager.cancel(pid) == pid
+        manager.wait_all(pids, 20)
+    assert statuses(manager, pids) == ["cancelled"] * 6
+    assert [kind for _, kind in event_rows(manager)].count("cancel") == 6
+    infos = map(manager.get_process_info, pids)
+    assert all(info.finished_at and info.output is None for info in infos)
+
+
+def test_what_is_final_is_neither_cancelled_nor_paused_nor_changed_by_that(
+    manager, more, capsys
+):
+    found, database = all_final(manager), ("--db", manager.path)
+    before = [*map(manager.get_process_info, found.values())], event_rows(manager)
+    assert manager.cancel(found["cancelled"]) == found["cancelled"]
+    for status, pid in found.items():
+        for verb in ("cancel", "pause"):
+            if (status, verb) == ("cancelled", "cancel"):
+                continue
+            with pytest.raises(procman.WrongState, match=f"cannot {verb} process {pid}"):
+                getattr(manager, verb)(pid)
+            code, out, err = call_main(capsys, verb, pid, *database)
+            assert (code, out, err.count("\n")) == (4, "", 1) and status in err
+    after = [*map(manager.get_process_info, found.values())], event_rows(manager)
+    assert before == after
+
+
+def filtered_processes(manager, clock):
+    """Processes that differ in what filters look at: {name: pid}."""
+    names = ("old", "plain", "named", "queued elsewhere", "parent", "child", "asks")
+    clock.advance(-3600)
+    pids = [manager.start_process(steps("m:f"))]
+    clock.advance(3600)
+    pids += manager.start_many(
+        [
+            steps("m:f"),
+            steps("m:f", name="nightly"),
+            steps("m:f", queue="mail"),
+            steps("m:f"),
+            steps("m:f", name="part"),
+            steps("m:f", "m:f"),
+        ]
+    )
+    found = dict(zip(names, pids))
+    row = manager.store.find(found["parent"])
+    set_columns(manager, found["child"], parent=row["id"])
+    manager.pause(found["asks"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, "old, plain, named, queued elsewhere, parent, child, asks"),
+        ({"status": "open"}, "old, plain, named, queued elsewhere, parent, child, asks"),
+        ({"status": "interrupted"}, "asks"),
+        ({"status": "running"}, ""),
+        ({"name": "nightly"}, "named"),
+        ({"name": "night"}, ""),
+        ({"queue": "mail"}, "queued elsewhere"),
+        ({"since": "5m"}, "plain, named, queued elsewhere, parent, child, asks"),
+        ({"since": "5m", "status": "queued", "queue": "default"},
+         "plain, named, parent, child"),
+        ({"parent": "parent"}, "child"),
+        ({"parent": "child"}, ""),
+        ({"series": "plain"}, "plain"),
+        ({"name": None, "status": None, "since": None, "queue": "mail"},
+         "queued elsewhere"),
+    ],
+)  # fmt: skip
+def test_cancel_all_cancels_what_passes_its_filters_and_nothing_else(
+    manager, clock, filters, expected
+):
+    found = filtered_processes(manager, clock)
+    final = manager.start_process(ManagedProcess({}, name="nightly", queue="mail"))
+    for name in ("parent", "series"):
+        if name in filters:
+            filters = {**filters, name: found[filters[name]]}
+    wanted = [found[name] for name in expected.split(", ") if name]
+    if "status" not in filters:
+        assert manager.count(**filters, status="open") == len(wanted)
+    assert manager.cancel_all(**filters) == wanted
+    assert {info.pid for info in manager.list_processes(status="cancelled")} == {*wanted}
+    assert manager.get_process_status(final) == "finished"
+    assert manager.cancel_all(**filters) == []
+
+
+def test_cancel_all_reaches_more_than_one_transaction_takes(manager):
+    pids = manager.start_many(
+        steps("m:f", name="many" if n % 12 else "few") for n in range(1320)
+    )
+    many = [pid for n, pid in enumerate(pids) if n % 12]
+    assert manager.cancel_all(name="many") == many and len(many) == 1210
+    assert manager.count(status="open") == 110
+    assert [kind for _, kind in event_rows(manager)].count("cancel") == 1210
+
+
+def test_cancel_all_refuses_filters_that_make_no_sense(manager):
+    pid = manager.start_process(steps("m:f"))
+    for wrong in (
+        *({"status": state} for state in ("final", *procman.FINAL_STATES)),
+        *({"status": "done"}, {"colour": "red"}, {"since": "soon"}, {"name": ""}),
+        *({"queue": 3}, {"since": True}),
+    ):
+        with pytest.raises(procman.BadSpec):
+            manager.cancel_all(**wrong)
+    for wrong in ({"parent": "0" * 32}, {"series": "0" * 32}):
+        with pytest.raises(procman.NotFound):
+            manager.cancel_all(**wrong)
+    assert manager.get_process_status(pid) == "queued"
+
+
+def test_cancel_all_ends_series_and_what_runs_where_cancel_ends_one_run(manager, more):
+    series = steps("more:hold", interval=0)
+    alone, together = manager.start_many([(series, held_at(more))] * 2)
+    with thread_runner(manager, max_workers=2, grace=0.3):
+        until_held(more, 2)
+        manager.cancel(alone)
+        assert manager.cancel_all(series=together) == [together]
+        assert manager.cancel_all(series=together) == []
+        manager.wait_all([alone, together], 20)
+    first, second = manager.list_processes(series=alone, order="oldest")
+    assert (first.status, second.status, second.series) == ("cancelled", "queued", alone)
+    assert [info.status for info in manager.list_processes(series=together)] == [
+        "cancelled"
+    ]
+    assert manager.cancel_all() == [second.pid]
+    assert drain(manager) == 0 and manager.count() == 3
+
+
+# --- pausing -----------------------------------------------------------------
+
+
+def test_a_process_paused_in_a_step_stops_before_the_next_and_proceeds(manager, more):
+    data = held_at(more, n=1)
+    pid = manager.start_process(steps("more:hold", "steps:add_one"), data)
+    with thread_runner(manager):
+        until_held(more)
+        assert manager.pause(pid[:8]) == manager.pause(pid) == pid
+        assert manager.get_process_status(pid) == "running"
+        (more / "go").write_text("go")
+        info = manager.wait(pid, 20)
+        assert (info.status, info.step, info.error) == ("interrupted", "b", None)
+        assert info.steps == {"a": "interrupted", "b": "queued"}
+        assert info.output == {"held": True} and info.finished_at is None
+        assert manager.pause(pid) == pid  # it is already
+        manager.proceed(pid, {"n": 5})
+        info = manager.wait(pid, 20)
+    assert (info.status, info.output) == ("finished", {"held": True, "n": 6})
+    assert (info.attempt, info.crashes) == (1, 0)
+    assert read_ledger(more / "ledger") == ["hold"]
+    kinds = [kind for _, kind in event_rows(manager)]
+    assert kinds == ["start", "claim", "pause", "proceed", "claim", "finish"]
+
+
+def test_what_was_paused_and_has_proceeded_is_not_paused_again(manager, more):
+    specs = ("more:hold", "steps:nothing", "steps:Ask", "steps:nothing")
+    pid = manager.start_process(steps(*specs), held_at(more))
+    with thread_runner(manager):
+        until_held(more)
+        manager.pause(pid)
+        (more / "go").write_text("go")
+        assert manager.wait(pid, 20).step == "b"
+        manager.proceed(pid)
+        assert manager.wait(pid, 20).step == "d"  # for c asks
+        manager.proceed(pid)
+        assert manager.wait(pid, 20).status == "finished"
+
+
+def test_a_step_that_interrupts_while_it_is_paused_interrupts_once(manager, more):
+    asks = {"call": "more:hold", "interrupt": True}
+    pid = manager.start_process(steps(asks, "steps:nothing"), held_at(more))
+    with thread_runner(manager):
+        until_held(more)
+        manager.pause(pid)
+        (more / "go").write_text("go")
+        assert manager.wait(pid, 20).step == "b"
+        manager.proceed(pid)
+        assert manager.wait(pid, 20).status == "finished"
+
+
+def test_a_failure_of_a_paused_step_waits_with_its_next_attempt(manager, more, clock):
+    code = "mark(data, 'hold'); await_file(data['go']); raise ValueError('again')"
+    process = steps("more:do", retry=1, retry_interval=60)
+    pid = manager.start_process(process, held_at(more, do=code))
+    with thread_runner(manager):
+        until_held(more)
+        manager.pause(pid)
+        (more / "go").write_text("go")
+        info = manager.wait(pid, 20)
+        assert (info.status, info.step, info.attempt) == ("interrupted", "a", 2)
+        assert info.error["message"] == "again" and info.retry_left == 0
+        assert info.steps == {"a": "interrupted"}
+        assert "because again" in manager.why(pid)
+        clock.advance(3600)
+        manager.proceed(pid)
+        with pytest.raises(procman.ProcessFailed, match="again"):
+            manager.wait(pid, 20)
+    assert manager.get_process_info(pid).attempt == 2
+    assert read_ledger(more / "ledger").count("do") == 2
+
+
+def test_a_paused_step_that_fails_for_good_or_is_the_last_ends_all_the_same(
+    manager, more
+):
+    code = "mark(data, 'hold'); await_file(data['go']); raise ValueError('for good')"
+    last, failed = manager.start_many(
+        [
+            (steps("more:hold"), held_at(more)),
+            (steps("more:do", "steps:nothing"), held_at(more, do=code)),
+        ]
+    )
+    with thread_runner(manager, max_workers=2):
+        until_held(more, 2)
+        manager.pause(last)
+        manager.pause(failed)
+        (more / "go").write_text("go")
+        infos = manager.wait_all([last, failed], 20)
+    assert [info.status for info in infos] == ["finished", "error"]
+
+
+def test_a_cancel_wish_wins_over_a_pause(manager, more):
+    data = held_at(more)
+    pid = manager.start_process(steps("more:hold", "steps:nothing"), data)
+    with manager.store.transaction() as db:
+        (held,) = manager.store.claim_due(db, 1, demand(1))
+    manager.pause(pid)
+    manager.cancel(pid)
+    with pytest.raises(procman.WrongState, match="cancelled"):
+        manager.pause(pid)
+    with manager.store.transaction() as db:
+        done = procman.Outcome("done", "{}")
+        (settled,) = manager.store.record(db, [(held, done)])
+    assert settled.event == "cancel"
+    assert manager.get_process_status(pid) == "cancelled"
+
+
+def test_what_is_paused_while_it_is_queued_waits_at_once_whenever_it_is_due(
+    manager, clock
+):
+    now, later = manager.start_many(
+        [(steps("steps:double", "steps:add_one", **when), {"n": 1})
+         for when in ({}, {"delay": 60})]
+    )  # fmt: skip
+    for pid in (now, later):
+        assert manager.pause(pid) == pid
+        info = manager.get_process_info(pid)
+        assert (info.status, info.step, info.output) == ("interrupted", "a", {"n": 1})
+        assert info.steps == {"a": "queued", "b": "queued"} and info.started_at is None
+    clock.advance(61)
+    assert drain(manager) == 0
+    manager.proceed(now)
+    manager.proceed(later, {"n": 5})
+    assert drain(manager) == 2
+    assert [info.output["n"] for info in manager.wait_all([now, later], 0)] == [3, 11]
+
+
+def test_a_pause_holds_when_the_runner_is_stopped_or_killed(manager, more):
+    pid = manager.start_process(steps("more:hold", "steps:nothing"), held_at(more))
+    with thread_runner(manager, grace=0.2):
+        until_held(more)
+        manager.pause(pid)
+    info = manager.get_process_info(pid)
+    assert (info.status, info.step, info.crashes) == ("interrupted", "a", 0)
+    manager.proceed(pid)
+    with running(manager) as runner:
+        until_held(more, 2)
+        manager.pause(pid)
+        runner.kill()
+        runner.wait()
+    assert manager.get_process_status(pid) == "running"
+    assert drain(manager) == 0
+    info = manager.get_process_info(pid)
+    assert (info.status, info.step, info.attempt) == ("interrupted", "a", 1)
+    assert (info.crashes, info.error) == (1, None)
+    (more / "go").write_text("go")
+    manager.proceed(pid)
+    assert drain(manager) == 1 and manager.get_process_status(pid) == "finished"
+
+
+# --- retrying ----------------------------------------------------------------
+
+
+def test_retry_repeats_from_what_failed_and_after_success_from_the_first(manager, more):
+    found = all_final(manager)
+    before = {pid: manager.get_process_info(pid) for pid in found.values()}
+    for status, pid in found.items():
+        again = manager.retry(pid[:10])
+        info = manager.get_process_info(again)
+        assert (info.status, info.step, info.attempt) == ("queued", "a", 1), status
+        assert (info.series, info.crashes, info.error) == (pid, 0, None)
+        assert again not in found.values() and info.due_at == info.created_at
+    assert drain(manager) == 4
+    states = [info.status for info in manager.list_processes(limit=4, order="newest")]
+    assert states == ["finished", "timeout", "error", "finished"]
+    assert {pid: manager.get_process_info(pid) for pid in before} == before
+
+
+def test_retry_begins_at_any_step_with_its_input_and_data_merged_over_it(manager, more):
+    options = {"queue": "mail", "priority": 7, "name": "a name", "retry": 0}
+    code = "if data['n'] == 1: raise ValueError('no')"
+    process = steps("steps:add_one", "more:do", "steps:add_one", **options)
+    pid = manager.start_process(process, {"n": 0, "do": code})
+    assert drain(manager, queues=["mail"]) == 1
+    assert manager.get_process_info(pid).step == "b"
+    for step, data, first, reached in [
+        (None, None, "b", None),
+        (None, {"n": 2}, "b", 3),
+        ("a", None, "a", None),
+        ("a", {"n": 5}, "a", 7),
+        ("b", {"n": 5}, "b", 6),
+        ("c", {"n": 8}, "c", 9),
+    ]:
+        again = manager.retry(pid, step, data)
+        info = manager.get_process_info(again)
+        assert (info.step, info.name, info.queue) == (first, "a name", "mail")
+        assert (info.priority, info.series, info.attempt) == (7, pid, 1)
+        done = [name for name, state in info.steps.items() if state == "finished"]
+        assert "".join(done) == "abc"[: "abc".index(first)]
+        assert drain(manager, queues=["mail"]) == 1
+        info = manager.get_process_info(again)
+        if reached is None:
+            assert (info.status, info.step) == ("error", "b")
+        else:
+            assert (info.status, info.output["n"]) == ("finished", reached)
+    assert info.output == {"n": 9}  # c had no input of its own
+    last = next(iter(manager.events(again, since=0)))
+    assert (last["kind"], last["detail"]) == ("start", {"retry_of": pid})
+
+
+def test_retry_refuses_what_it_cannot_do_and_starts_nothing(manager, more):
+    failed, stepless, queued, asks = manager.start_many(
+        [
+            steps("steps:fail", "steps:nothing"),
+            ManagedProcess({}),
+            steps("steps:nothing", delay=60),
+            steps("steps:Ask", "steps:nothing"),
+        ]
+    )
+    drain(manager)
+    for pid, step, data, text in [
+        (failed, "b", None, "step 'b' of process .* was not reached: give its data"),
+        (failed, "c", None, "has no step 'c'; it has: 'a', 'b'"),
+        (failed, "", {}, "has no step ''"),
+        (stepless, "a", None, "has no step 'a'; it has: none"),
+        (failed, None, [1], "data must be a JSON object"),
+        (failed, None, {"a": {1}}, "data.a is a set"),
+    ]:
+        with pytest.raises(procman.BadSpec, match=text):
+            manager.retry(pid, step, data)
+    for pid in (queued, asks):
+        with pytest.raises(procman.WrongState, match=f"cannot retry process {pid}"):
+            manager.retry(pid)
+    for pid in NO_PIDS:
+        with pytest.raises(procman.NotFound):
+            manager.retry(pid)
+    assert manager.count() == 4
+    again = manager.get_process_info(manager.retry(stepless))
+    assert (again.status, again.series, again.output) == ("finished", stepless, {})
+    again = manager.retry(failed, "b", {"n": 1})
+    assert drain(manager) == 1
+    assert manager.get_process_info(again).output == {"n": 1}
+
+
+def test_a_retried_run_joins_its_series_but_does_not_carry_it_on(manager, clock):
+    first = manager.start_process(steps("steps:fail", interval=3600))
+    assert drain(manager) == 1
+    (successor,) = manager.list_processes(status="queued")
+    again = manager.retry(first)
+    assert drain(manager) == 1
+    twice = manager.retry(again)
+    clock.advance(100)
+    assert drain(manager) == 1
+    runs = manager.list_processes(series=again, order="oldest")
+    assert [info.pid for info in runs] == [first, successor.pid, again, twice]
+    assert {info.series for info in runs} == {first}
+    assert manager.count(status="queued") == manager.count() - 3 == 1
+    clock.advance(3600)
+    assert drain(manager) == 1 and manager.count() == 5  # the series itself goes on
+
+
+def test_retries_of_retries_are_all_of_the_series_of_the_first(manager):
+    pids = [manager.start_process(steps("steps:fail"))]
+    for _ in range(3):
+        drain(manager)
+        pids.append(manager.retry(pids[-1]))
+    assert manager.get_process_info(pids[0]).series is None
+    for pid in pids:
+        found = manager.list_processes(series=pid[:9], order="oldest")
+        assert [info.pid for info in found] == pids
+
+
+def test_a_key_is_held_by_one_open_process_also_among_retries(manager):
+    process = steps("steps:fail", key="nightly")
+    first = manager.start_process(process)
+    drain(manager)
+    other = manager.start_process(process)
+    for _ in range(2):
+        with pytest.raises(procman.NotUnique) as caught:
+            manager.retry(first)
+        assert (caught.value.pid, caught.value.exit_code) == (other, 4)
+    assert manager.retry_failed() == [(first, None)]
+    assert manager.count() == 2
+    drain(manager)
+    again = manager.retry(first)
+    assert manager.start_process(process) == again
+    with pytest.raises(procman.NotUnique):
+        manager.retry(other)
+    assert manager.count() == 3
+
+
+def test_retry_failed_retries_each_failure_once(manager, more, clock):
+    early = manager.start_process(steps("steps:fail", name="red"))
+    drain(manager)
+    clock.advance(3600)
+    found = all_final(manager)
+    red, fine = manager.start_many(
+        [steps("steps:fail", name="red"), steps("steps:nothing", name="red")]
+    )
+    drain(manager)
+    failures = [early, found["error"], found["timeout"], red]
+    everything = manager.count()
+    for filters, expected in [
+        ({}, failures),
+        ({"name": "red"}, [early, red]),
+        ({"name": "re"}, []),
+        ({"since": "5m"}, failures[1:]),
+        ({"since": clock.at}, failures[1:]),
+        ({"since": clock.at - 3600}, failures),
+        ({"name": "red", "since": "5m"}, [red]),
+    ]:
+        pairs = [(pid, None) for pid in expected]
+        assert manager.retry_failed(**filters, dry_run=True) == pairs, filters
+    assert manager.count() == everything
+    for wrong in ({"since": "soon"}, {"name": ""}, {"name": 3}):
+        with pytest.raises(procman.BadSpec):
+            manager.retry_failed(**wrong)
+    for filters, expected in [
+        ({"name": "red", "since": "5m"}, [red]),
+        ({"name": "red"}, [early]),
+        ({}, [found["error"], found["timeout"]]),
+        ({}, []),
+    ]:
+        pairs = manager.retry_failed(**filters)
+        assert [old for old, _ in pairs] == expected
+        for old, new in pairs:
+            assert manager.get_process_info(new).series == old
+    assert manager.count() == everything + 4
+    assert drain(manager) == 4
+    again = [old for old, _ in manager.retry_failed(dry_run=True)]
+    assert len(again) == 4 and not {*again} & {*failures}  # the retries have failed
+    assert fine not in again
+
+
+# --- looking -----------------------------------------------------------------
+
+
+def test_since_is_when_it_ended_or_for_what_is_open_when_it_began(manager, clock):
+    clock.at = 1644411494.0  # 2022-02-09T12:58:14Z
+    ended_late, ended_early, open_early = manager.start_many(
+        [steps("steps:nothing", delay=1000), steps("steps:nothing"), steps("m:f", at=2e9)]
+    )
+    drain(manager)
+    clock.advance(1000)
+    drain(manager)
+    open_late = manager.start_process(steps("m:f", at=2e9))
+    clock.advance(10)
+    late = {ended_late, open_late}
+    for since, expected in {
+        1644412494: late,
+        1644412494.0: late,
+        "1644412494": late,
+        "2022-02-09T13:14:54Z": late,
+        "2022-02-09T14:14:54+01:00": late,
+        "20220209131454": late,
+        "10s": late,
+        "1m": late,
+        "0.5h": {ended_late, ended_early, open_early, open_late},
+        "9s": set(),
+        1644412494.5: set(),
+        "20220209125815": late,
+        "20220209125814": {ended_late, ended_early, open_early, open_late},
+    }.items():
+        found = {info.pid for info in manager.list_processes(since=since)}
+        assert found == expected, since
+        assert manager.count(since=since) == len(expected)
+    assert manager.count(since="10s", status="final") == 1
+    for wrong in ("soon", "", "2022-02-09T13:14:54", -1, 1e300, float("nan"), "1.2.3m"):
+        with pytest.raises(procman.BadSpec, match="since"):
+            manager.count(since=wrong)
+    for wrong in (True, [1], b"5m"):
+        with pytest.raises(TypeError, match="since"):
+            manager.list_processes(since=wrong)
+
+
+def test_a_series_is_found_by_any_of_its_runs_also_when_the_first_is_gone(
+    manager, clock
+):
+    first = manager.start_process(steps("steps:nothing", interval=3600))
+    other = manager.start_process(steps("steps:nothing"))
+    for _ in range(3):
+        drain(manager)
+        clock.advance(3600)
+    runs = [info.pid for info in manager.list_processes(series=first, order="oldest")]
+    assert len(runs) == 4 and runs[0] == first
+    for pid in runs:
+        for name in (pid, pid[:8]):
+            assert manager.count(series=name) == 4
+            assert manager.count(series=name, status="finished") == 3
+    assert [info.pid for info in manager.list_processes(series=other)] == [other]
+    assert manager.prune(2.5 * 3600) == 2
+    for pid in runs:
+        assert [info.pid for info in manager.list_processes(series=pid)] == runs[:0:-1]
+    for pid in NO_PIDS:
+        with pytest.raises(procman.NotFound):
+            manager.count(series=pid) if pid else manager.get_process_info(pid)
+
+
+def test_parts_are_listed_by_what_they_are_part_of(manager):
+    above, *parts, other = manager.start_many([steps("m:f")] * 4)
+    for pid in parts:
+        set_columns(manager, pid, parent=manager.store.find(above)["id"])
+    found = manager.list_processes(parent=above[:7])
+    assert [info.pid for info in found] == parts[::-1]
+    assert {info.parent for info in found} == {above}
+    assert manager.get_process_info(other).parent is None
+    assert manager.count(parent=other) == 0
+    manager.cancel(parts[0])
+    assert manager.count(parent=above, status="open") == 1
+    with pytest.raises(procman.NotFound):
+        manager.count(parent="0" * 32)
+
+
+def test_lists_are_ordered_and_paged_as_asked(manager, clock):
+    second, first, third = manager.start_many(
+        [steps("steps:nothing", delay=delay) for delay in (20, 10, 30)]
+    )
+    for _ in range(2):
+        clock.advance(11)
+        drain(manager)
+    clock.advance(11)
+    for order, expected in {
+        "newest": [third, first, second],
+        "oldest": [second, first, third],
+        "due": [first, second, third],
+        "ended": [second, first, third],  # what is open comes last
+    }.items():
+        found = [info.pid for info in manager.list_processes(order=order)]
+        assert found == expected, order
+        for offset in range(3):
+            page = manager.list_processes(order=order, limit=1, offset=offset)
+            assert [info.pid for info in page] == [expected[offset]]
+    for wrong in ("", "random", "id; --", None, 3):
+        with pytest.raises(procman.BadSpec, match="order must be one of newest, oldest"):
+            manager.list_processes(order=wrong)
+    with pytest.raises(TypeError, match="unknown filter 'pid'; known: status, name"):
+        manager.list_processes(pid=first)
+    with pytest.raises(TypeError, match="unknown filter 'limit'"):
+        manager.count(limit=3)
+
+
+# --- events ------------------------------------------------------------------
+
+
+def test_the_life_of_a_process_is_told_by_its_events(manager, more):
+    fails_once = (
+        "if not os.path.exists('tried'): open('tried', 'w').close(); raise OSError('no')"
+    )
+    specs = ("more:do", "steps:Ask", "more:hold", "more:do")
+    process = steps(*specs, retry=1, retry_interval=0)
+    data = held_at(more, do=fails_once)
+    pid = manager.start_process(process, data)
+    last = {**data, "do": "current().progress(1, 4, 'a quarter')"}
+    with thread_runner(manager):
+        assert manager.wait(pid, 20).step == "c"
+        manager.proceed(pid)
+        until_held(more)
+        manager.pause(pid)
+        (more / "go").write_text("go")
+        assert manager.wait(pid, 20).step == "d"
+        manager.proceed(pid, last)
+        assert manager.wait(pid, 20).status == "finished"
+    told = list(manager.events(pid[:6], since=0))
+    assert [(event["kind"], event["status"]) for event in told] == [
+        *[("start", "queued"), ("claim", "running"), ("retry", "queued")],
+        *[("claim", "running"), ("step", "running"), ("interrupt", "interrupted")],
+        *[("proceed", "queued"), ("claim", "running"), ("pause", "interrupted")],
+        *[("proceed", "queued"), ("claim", "running"), ("progress", "running")],
+        ("finish", "finished"),
+    ]
+    assert {event["kind"]: event["detail"] for event in told if event["detail"]} == {
+        "retry": {"step": "a", "type": "OSError", "message": "no"},
+        "step": "a",
+        "progress": {"done": 1, "total": 4, "message": "a quarter"},
+    }
+    for event in told:
+        assert list(event) == ["number", "at", "pid", "kind", "status", "detail"]
+        assert event["pid"] == pid and event["at"] == manager.store.now()
+    numbers = [event["number"] for event in told]
+    assert numbers == sorted({*numbers})
+
+
+def test_each_ending_is_an_event_of_its_own(manager, more):
+    found = all_final(manager)
+    kinds = dict(zip(procman.FINAL_STATES, ("finish", "fail", "time_out", "cancel")))
+    for status, pid in found.items():
+        *_, last = manager.events(pid, since=0)
+        assert (last["kind"], last["status"]) == (kinds[status], status)
+    details = [list(manager.events(pid, since=0))[-1]["detail"] for pid in found.values()]
+    assert details[0] is details[3] is None
+    assert details[1] == {"step": "a", "type": "ValueError", "message": "no luck"}
+    assert details[2]["type"] == "Timeout"
+
+
+def test_events_begin_now_or_after_a_number_or_with_the_first(manager):
+    first, second = manager.start_many([ManagedProcess({})] * 2)
+    everything = [event["number"] for event in manager.events(second, since=0)]
+    assert len(everything) == 2
+    assert list(manager.events(first, since=0))[0]["kind"] == "start"
+    assert [event["kind"] for event in manager.events(second, since=everything[0])] == [
+        "finish"
+    ]
+    assert list(manager.events(second, since=everything[1])) == []
+    assert list(manager.events(second)) == []  # from now on: it has ended
+    assert list(manager.events(second, since=2**62)) == []
+    from_now = manager.events()
+    third = manager.start_process(ManagedProcess({}))
+    assert [next(from_now)["pid"], next(from_now)["pid"]] == [third] * 2
+    for wrong in (-1, "0", 1.5, True, 2**63):
+        with pytest.raises(procman.BadSpec, match="since"):
+            manager.events(since=wrong)
+    for wrong in ("done", "", "step"):
+        with pytest.raises(procman.BadSpec, match="status"):
+            manager.events(status=wrong)
+    for pid in NO_PIDS:
+        with pytest.raises(procman.NotFound):
+            manager.events(pid)
+
+
+def test_events_are_filtered_by_the_status_that_they_leave(manager, more):
+    found = all_final(manager)
+    failed = found["error"]
+    for status, kinds in {
+        "queued": ["start"],
+        "running": ["claim"],
+        "open": ["start", "claim"],
+        "error": ["fail"],
+        "final": ["fail"],
+        "interrupted": [],
+        "waiting": [],
+        "finished": [],
+    }.items():
+        told = list(manager.events(failed, status=status, since=0))
+        assert [event["kind"] for event in told] == kinds, status
+    final = manager.events(status="final", since=0)
+    assert {next(final)["pid"] for _ in range(4)} == {*found.values()}
+
+
+def test_who_follows_a_process_gets_its_last_event_whenever_that_comes(manager):
+    class Hasty(ProcessManager):
+        """Where somebody cancels what is followed just before that is looked at."""
+
+        def get_process_status(self, pid):
+            looks.append(pid)
+            if len(looks) == 3:
+                manager.cancel(pid)
+            return super().get_process_status(pid)
+
+    looks = []
+    pid = manager.start_process(steps("m:f"))
+    with contextlib.closing(Hasty(manager.path)) as hasty:
+        told = [event["kind"] for event in hasty.events(pid, since=0)]
+    assert told == ["start", "cancel"]
+
+
+def test_who_follows_a_process_that_is_pruned_is_done(manager, clock):
+    pid, other = manager.start_many([steps("m:f")] * 2)
+    told = manager.events(pid, since=0)
+    assert next(told)["kind"] == "start"
+    everything = manager.events(since=0)
+    assert next(everything)["pid"] == pid
+    manager.cancel(pid)
+    clock.advance(10)
+    assert manager.prune(5) == 1
+    assert list(told) == []
+    manager.cancel(other)  # also a number that was there when it was pruned is passed
+    assert [next(everything)["kind"] for _ in range(2)] == ["start", "cancel"]
+
+
+def test_a_listener_ends_when_its_callback_returns_true_and_nothing_else(manager):
+    pids = manager.start_many([ManagedProcess({})] * 4)
+    answers, told = [None, 1, "yes", [True], False, True, True], []
+
+    def call(event):
+        told.append(event["number"])
+        return answers[len(told) - 1]
+
+    assert manager.listen(call, since=0) is None
+    assert len(told) == 6
+    ends = []
+    manager.listen(ends.append, pids[2], "final", since=0)  # with the process
+    assert [(event["pid"], event["kind"]) for event in ends] == [(pids[2], "finish")]
+    with pytest.raises(ZeroDivisionError):
+        manager.listen(lambda event: 1 / 0, since=0)
+
+
+def test_no_event_is_missed_or_told_twice_while_many_write(live):
+    def write(number):
+        with contextlib.closing(ProcessManager(live.path)) as own:
+            for _ in range(200):
+                own.start_process(steps("steps:nothing", name=f"writer {number}"))
+
+    def follow(told):
+        with contextlib.closing(ProcessManager(live.path)) as own:
+            ended = 0
+            for event in own.events(since=0):
+                told.append((event["number"], event["kind"]))
+                ended += event["status"] == "finished"
+                if ended == 800:
+                    return
+
+    live.count()
+    told = [], []
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    threads += [threading.Thread(target=follow, args=(one,)) for one in told]
+    with running(live, "--max-workers", "2"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    table = event_rows(live)
+    assert [kind for _, kind in table].count("finish") == 800
+    for one in told:
+        numbers = [number for number, _ in one]
+        assert numbers == sorted({*numbers})
+        assert one == table
+
+
+# --- waiting -----------------------------------------------------------------
+
+
+def test_waits_for_none_one_any_and_all(manager, more):
+    assert manager.wait_all([]) == manager.wait_any([]) == manager.wait_all(iter([])) == []
+    asks, fine, held = manager.start_many(
+        [steps("steps:Ask", "m:f"), steps("steps:nothing"),
+         (steps("more:hold"), held_at(more))]
+    )  # fmt: skip
+    with thread_runner(manager, max_workers=2):
+        (found,) = manager.wait_any([held, fine], 20)
+        assert found.pid == fine
+        infos = manager.wait_all([fine, asks, fine], 20)
+        assert [info.pid for info in infos] == [fine, asks, fine]
+        with pytest.raises(procman.WaitTimeout, match=f"1 of 2 .*{held}: running"):
+            manager.wait_all([fine, held], 0.05)
+        (more / "go").write_text("go")
+        assert [info.status for info in manager.wait_any([held], 20)] == ["finished"]
+    for wrong in ("text", None, 3, [3]):
+        with pytest.raises(TypeError):
+            manager.wait_all(wrong)
+    for wait in (manager.wait_all, manager.wait_any):
+        for wrong, kind in ((-1, ValueError), ("soon", ValueError), ([], TypeError)):
+            with pytest.raises(kind, match="timeout"):
+                wait([fine], wrong)
+
+
+def test_waits_can_be_awaited_several_at_once_in_one_event_loop(manager, more):
+    import asyncio
+
+    fine, failed, cancelled, held, later = manager.start_many(
+        [
+            (steps("steps:double"), {"n": 1}),
+            steps("steps:fail"),
+            steps("m:f", delay=60),
+            (steps("more:hold"), held_at(more)),
+            steps("m:f", delay=60),
+        ]
+    )
+    manager.cancel(cancelled)
+
+    async def several():
+        assert await manager.wait_all_async([]) == []
+        assert await manager.wait_any_async([]) == []
+        waits = [
+            manager.wait_async(fine, 20),
+            manager.wait_async(failed, 20),
+            manager.wait_async(cancelled, 20),
+            manager.wait_any_async([later, fine], 20),
+            manager.wait_all_async([fine, failed], 20),
+            manager.wait_async(later, 0.05),
+            manager.wait_async("0" * 32, 1),
+        ]
+        given_up = asyncio.ensure_future(manager.wait_async(held))
+        found = await asyncio.gather(*waits, return_exceptions=True)
+        assert not given_up.done()
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        return found
+
+    with thread_runner(manager, max_workers=2):
+        one, error, gone, any_one, both, late, nobody = asyncio.run(several())
+        assert manager.get_process_status(held) == "running"
+        (more / "go").write_text("go")
+        assert asyncio.run(manager.wait_async(held, 20)).output == {"held": True}
+    assert one.output == {"n": 2} and any_one == [one]
+    assert [info.pid for info in both] == [fine, failed]
+    assert isinstance(error, procman.ProcessFailed) and "no luck" in str(error)
+    assert error.info == both[1] and error.info.error["type"] == "ValueError"
+    assert isinstance(gone, procman.ProcessCancelled) and gone.info.pid == cancelled
+    assert isinstance(late, procman.WaitTimeout) and isinstance(nobody, procman.NotFound)
+
+
+# --- why ---------------------------------------------------------------------
+
+
+def test_why_says_what_holds_a_queued_process_up(manager, more, clock):
+    one = manager.start_process(steps("steps:fail", retry=1, retry_interval=300))
+    later = manager.start_process(steps("m:f", delay=90, queue="other"))
+    mine = manager.start_process(steps("m:f", queue="other"))
+    for pid, queue in ((one, "default"), (mine, "other")):
+        assert manager.why(pid[:7]) == (
+            f"no runner serves queue '{queue}': start one that does"
+        )
+    assert drain(manager) == 1
+    at = procman.timestamp(clock.at + 300)
+    assert manager.why(one) == f"it is due at {at} UTC, in 5 min: attempt 2"
+    at = procman.timestamp(clock.at + 90)
+    assert manager.why(later) == f"it is due at {at} UTC, in 90 s"
+    data = held_at(more)
+    with thread_runner(manager):
+        held = manager.start_process(steps("more:hold", "steps:nothing"), data)
+        until_held(more)
+        assert manager.why(held) == "it is running: step 'a', attempt 1"
+        low, high, last = (
+            manager.start_process(steps("steps:nothing", priority=priority))
+            for priority in (0, 5, 0)
+        )
+        assert manager.why(high) == (
+            "it is the next in queue 'default', as soon as a worker is free"
+        )
+        for pid, ahead in ((low, 1), (last, 2)):
+            assert manager.why(pid) == (
+                f"{ahead} ahead of it in queue 'default', and all workers are busy"
+            )
+        assert manager.why(mine).startswith("no runner serves queue 'other'")
+        (more / "go").write_text("go")
+        manager.wait_all([held, high, low, last], 20)
+    claimed = [
+        row["pid"]
+        for row in manager.store.read(
+            "SELECT pid FROM event JOIN process ON process.id = event.process"
+            " WHERE kind = 'claim' ORDER BY number"
+        )
+    ]
+    assert claimed[-3:] == [high, low, last]  # as it was said
+    assert manager.why(mine).startswith("no runner serves queue 'other'")
+
+
+def test_why_knows_how_many_of_a_name_may_run_at_once(manager, more):
+    named = steps("more:hold", name="mine")
+    first, second = manager.start_many([(named, held_at(more))] * 2)
+    with thread_runner(manager, max_workers=2, concurrency={"mine": 1}):
+        until_held(more)
+        assert manager.why(second) == "as many named 'mine' run as may at once, 1"
+        other = manager.start_process(steps("more:hold"), held_at(more))
+        until_held(more, 2)  # which is not held up by the second
+        behind = manager.start_process(steps("steps:nothing"))
+        assert manager.why(behind) == (
+            "it is the next in queue 'default', as soon as a worker is free"
+        )
+        (more / "go").write_text("go")
+        manager.wait_all([first, second, other, behind], 20)
+
+
+def test_why_says_what_an_interrupted_a_running_and_an_ended_process_waits_for(
+    manager, more, clock
+):
+    asks, last, paused, waits = manager.start_many(
+        [
+            steps("steps:Ask", "steps:nothing"),
+            steps("steps:Ask"),
+            steps("steps:nothing", queue="other"),
+            steps("steps:nothing", queue="other"),
+        ]
+    )
+    drain(manager)
+    manager.pause(paused)
+    assert manager.why(asks) == (
+        "it is interrupted before step 'b': proceed continues it"
+    )
+    assert manager.why(paused) == (
+        "it is interrupted before step 'a': proceed continues it"
+    )
+    assert manager.why(last) == (
+        "it is interrupted after its last step: proceed continues it"
+    )
+    set_columns(manager, waits, status="waiting")
+    assert manager.why(waits) == "it waits for 0 children"
+    crashed = manager.start_process(steps("more:hold", on_lost="ask"), held_at(more))
+    with running(manager) as runner:
+        until_held(more)
+        runner.kill()
+        runner.wait()
+    assert manager.why(crashed) == "it is running: step 'a', attempt 1"
+    assert drain(manager) == 0
+    assert manager.why(crashed) == (
+        "it is interrupted before step 'a', because its runner died while step 'a' ran:"
+        " proceed continues it"
+    )
+    manager.proceed(crashed)
+    with manager.store.transaction() as db:
+        manager.store.claim_due(db, 1, demand(1))
+    manager.cancel(crashed)
+    assert manager.why(crashed) == (
+        "it is being cancelled: its runner ends what it has started"
+    )
+    at = procman.timestamp(clock.at)
+    for status, pid in all_final(manager).items():
+        said = {"error": ": no luck", "timeout": ": the process ran longer than 0.3 s"}
+        assert manager.why(pid) == (
+            f"it ended as {status} at {at} UTC{said.get(status, '')}"
+        )
+    for pid in NO_PIDS:
+        with pytest.raises(procman.NotFound):
+            manager.why(pid)
+
+
+def test_a_preview_lists_when_cron_is_due(manager, clock):
+    clock.at = 1644411494.0  # a Wednesday, 2022-02-09T12:58:14Z
+    days = manager.preview("0 3 * * *", count=3)
+    assert [procman.timestamp(at) for at in days] == [
+        *("20220210030000", "20220211030000", "20220212030000")
+    ]
+    assert len(manager.preview("@hourly")) == 10
+    for wrong in (0, -1, 10_001, "3", 1.0, True):
+        with pytest.raises(procman.BadSpec, match="count"):
+            manager.preview("@hourly", count=wrong)
+    for cron, tz in (("@soon", "UTC"), ("* * * *", "UTC"), ("@daily", "Nowhere/At/All")):
+        with pytest.raises(procman.BadSpec):
+            manager.preview(cron, tz)
 
 
 # ===========================================================================
