@@ -6197,11 +6197,14 @@ def cmd_list(args: argparse.Namespace) -> int:
         return DONE
     if args.json or not sys.stdout.isatty():
         raise BadSpec("--watch needs a terminal: for a program there is listen")
+    import shutil
+
     enable_escapes()
     while True:
-        lines = [*_table(manager.list_processes(**how, **_filters(args)))]
+        width, height = shutil.get_terminal_size()  # in a longer list it would scroll
+        lines = [*_table(manager.list_processes(**how, **_filters(args)))][: height - 1]
         # From the top; what is left of each line and below the last is cleared.
-        shown = "".join(f"{line}\x1b[K\n" for line in lines)
+        shown = "".join(f"{line[: width - 1]}\x1b[K\n" for line in lines)
         print(f"\x1b[H{shown}\x1b[J", end="", flush=True)
         time.sleep(1)
 
