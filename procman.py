@@ -4502,6 +4502,18 @@ def worker_main() -> int:
 
 
 Waiting = Generator[float, None, list[ProcessInfo]]  # yields pauses in seconds
+_MOMENTS: dict[str, Callable[[Any], Any]] = {  # options that only calendars can check
+    "at": parse_at,
+    "cron": lambda value: next_cron(value, 0.0),
+    "tz": lambda value: next_cron("@daily", 0.0, value),
+}
+
+
+def check_moments(defaults: Mapping[str, Any]) -> None:
+    """Refuse defaults that would be wrong for any process: a time or zone is none."""
+    for name, check in _MOMENTS.items():
+        if defaults.get(name) is not None:
+            check(defaults[name])
 
 
 class ProcessManager:
@@ -5993,6 +6005,10 @@ def _default_options() -> Json:
         if text is not None:
             where = "PROCMAN_" + name.upper()
             defaults[name] = option.check(_typed(text, option.shown, where), where)
+            try:
+                check_moments({name: defaults[name]})
+            except BadSpec as error:
+                raise BadSpec(f"{where}: {error}") from None
     return check_defaults(defaults)
 
 
