@@ -6636,6 +6636,15 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
 }
 
 
+def _refusing(error: ProcmanError) -> Callable[[argparse.Namespace], int]:
+    """A command that says what is wrong with its variables: no other is to say it."""
+
+    def refuse(args: argparse.Namespace) -> int:
+        raise error
+
+    return refuse
+
+
 def _take_arguments(parser: argparse.ArgumentParser, name: str | None) -> None:
     """Teach a parser the arguments of a command, and those of all."""
     hidden = argparse.SUPPRESS  # not given here, it may have been before the command
@@ -6653,7 +6662,11 @@ def _take_arguments(parser: argparse.ArgumentParser, name: str | None) -> None:
         if text is not None and argument.nargs != 0:
             where = "PROCMAN_" + argument.dest.upper()
             several = isinstance(argument.default, list)
-            found = _typed(text, details.get("metavar", "TEXT"), where)
+            try:
+                found = _typed(text, details.get("metavar", "TEXT"), where)
+            except BadSpec as error:
+                parser.set_defaults(func=_refusing(error))
+                continue
             parser.set_defaults(
                 **{argument.dest: text.split(",") if several else found}
             )
