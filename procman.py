@@ -6460,8 +6460,8 @@ def _option_argument(name: str, option: Option) -> tuple[str, Json]:
 _OPTION_ARGUMENTS = [_option_argument(*item) for item in OPTIONS.items()]
 _FILTER_HELP = (
     ("status", {"metavar": "STATE", "help": "a state, open or final"}),
-    ("name", {"metavar": "TEXT"}),
-    ("queue", {"metavar": "NAME"}),
+    ("name", {"metavar": "TEXT", "help": "the whole name"}),
+    ("queue", {"metavar": "NAME", "help": "the queue it waits in"}),
     ("since", {"metavar": "TIME", "help": "ended since, or open and created; 5m: ago"}),
     ("series", {"metavar": "PID", "help": "runs of a schedule, retries of a process"}),
     ("parent", {"metavar": "PID", "help": "parts of a process"}),
@@ -6523,14 +6523,31 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
                 },
             ),
             ("--jobs-per-worker", {**_NUMBER, "help": "then replace the worker"}),
-            ("--queue", {"metavar": "A,B", "default": DEFAULT_QUEUE}),
+            (
+                "--queue",
+                {"metavar": "A,B", "default": DEFAULT_QUEUE, "help": "those it serves"},
+            ),
             (
                 "--script-args",
                 {"metavar": "TEXT", "default": "", "help": "for sys.argv"},
             ),
             ("--services", {"metavar": "MODULE:DICT", "help": "service factories"}),
-            ("--grace", {"metavar": "LENGTH", "default": GRACE_SECONDS}),
-            ("--keep", {"metavar": "LENGTH", "default": KEEP_SECONDS}),
+            (
+                "--grace",
+                {
+                    "metavar": "LENGTH",
+                    "default": GRACE_SECONDS,
+                    "help": "for steps that are to end (default 10s)",
+                },
+            ),
+            (
+                "--keep",
+                {
+                    "metavar": "LENGTH",
+                    "default": KEEP_SECONDS,
+                    "help": "what ended longer ago is deleted (default 30d)",
+                },
+            ),
         ],
         "* * * * * python3 procman.py runner --wait",
     ),
@@ -6557,8 +6574,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
                     "help": "which first",
                 },
             ),
-            ("--limit", {**_NUMBER, "default": 50}),
-            ("--offset", {**_NUMBER, "default": 0}),
+            ("--limit", {**_NUMBER, "default": 50, "help": "at most (default 50)"}),
+            ("--offset", {**_NUMBER, "default": 0, "help": "less the first N"}),
             ("--watch", {**_FLAG, "help": "again and again, on a terminal"}),
             _JSON,
         ],
@@ -6573,7 +6590,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
             ("--step", {"metavar": "NAME", "help": "from there (else what failed)"}),
             ("--data", {"metavar": "JSON", "help": "merged over the step's input"}),
             ("--failed", {**_FLAG, "help": "all that failed and were not retried"}),
-            ("--name", {"metavar": "TEXT"}),
+            ("--name", {"metavar": "TEXT", "help": "of those with this name"}),
             ("--since", {"metavar": "TIME", "help": "failed since; 5m: ago"}),
             ("--dry-run", {**_FLAG, "help": "only print what would be retried"}),
         ],
@@ -6622,14 +6639,26 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
         [
             ("what", {"choices": ["preview"]}),
             ("cron", {"metavar": "CRON", "help": "five fields, or @daily"}),
-            ("--tz", {"metavar": "ZONE", "default": "UTC"}),
-            ("--count", {**_NUMBER, "default": 10}),
+            (
+                "--tz",
+                {"metavar": "ZONE", "default": "UTC", "help": "of cron (default UTC)"},
+            ),
+            ("--count", {**_NUMBER, "default": 10, "help": "times (default 10)"}),
         ],
         'python procman.py schedule preview "0 3 * * mon-fri" --tz Europe/Berlin',
     ),
     "prune": (
         cmd_prune,
-        [("--older-than", {"metavar": "LENGTH", "default": KEEP_SECONDS})],
+        [
+            (
+                "--older-than",
+                {
+                    "metavar": "LENGTH",
+                    "default": KEEP_SECONDS,
+                    "help": "that ended so long ago (default 30d)",
+                },
+            )
+        ],
         "python procman.py prune --older-than 7d",
     ),
     "doctor": (cmd_doctor, [_JSON], "python procman.py doctor"),
