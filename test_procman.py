@@ -7689,6 +7689,499 @@ def test_a_second_waiting_runner_leaves_quietly_so_that_cron_may_start_it(live, 
         assert first.poll() is None
 
 
+# --- steering and looking ----------------------------------------------------
+
+
+def test_cancel_all_on_the_command_line_says_whom_it_has_cancelled(live, capsys):
+    mine = [live.start_process(steps("m:f", name="mine")) for _ in range(2)]
+    mail, other = live.start_many([steps("m:f", queue="mail"), steps("m:f")])
+    final = live.start_process(ManagedProcess({}, name="mine"))
+
+    def cancel(*words):
+        return call_main(capsys, "cancel", *words, "--db", live.path)
+
+    for words, named in [
+        ((), "give PIDs, or --all"),
+        ((other, "--all"), "give PIDs, or --all"),
+        ((other, "--name", "mine"), "filters go with --all"),
+        (("--status", "open"), "give PIDs, or --all"),
+        (("--all", "--status", "final"), "what is final cannot be cancelled"),
+        (("--all", "--status", "error"), "what is error cannot be cancelled"),
+        (("--all", "--status", "done"), "status must be one of"),
+        (("--all", "--since", "soon"), "since must be"),
+        (("--all", "--colour", "red"), "--colour"),
+    ]:
+        code, out, err = cancel(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1) and named in err, words
+    assert cancel("--all", "--parent", "0" * 32).code == 3
+    assert live.count(status="queued") == 4
+    assert cancel("--all", "--name", "mine") == (0, "".join(f"{x}\n" for x in mine), "")
+    assert cancel("--all", "--name", "mine") == (0, "", "")
+    assert cancel("--all", "--queue", "mail", "--since", "1h") == (0, mail + "\n", "")
+    assert cancel("--all") == (0, other + "\n", "")
+    assert live.get_process_status(final) == "finished"
+
+
+def test_pause_and_retry_print_the_pid_of_what_they_have_done(live, capsys):
+    pid, failed = live.start_many(
+        [(steps("steps:double", delay=3600), {"n": 1}), steps("steps:fail", "m:f")]
+    )
+
+    def call(*words):
+        return call_main(capsys, *words, "--db", live.path)
+
+    assert call("pause", pid[:6]) == call("pause", pid) == (0, pid + "\n", "")
+    assert live.get_process_status(pid) == "interrupted"
+    assert call("proceed", pid, "--data", '{"n": 4}').code == 0
+    drain(live)
+    assert live.wait(pid, 0).output == {"n": 8}
+    code, out, err = call("pause", pid)
+    assert (code, out) == (4, "") and "it is finished" in err
+    for words, data in [((), {"n": 1}), (("--step", "a", "--data", '{"n": 3}'), {"n": 3})]:
+        code, out, err = call("retry", pid[:7], *words)
+        assert (code, err) == (0, "") and re.fullmatch("[0-9a-f]{32}\n", out)
+        drain(live)
+        data = {"n": {1: 8, 3: 6}[data["n"]]} if words else {"n": 8}
+        assert live.wait(out.strip(), 0).output == data
+    for words, code, named in [
+        ((failed, "--step", "b"), 2, "give its data"),
+        ((failed, "--step", "c"), 2, "no step 'c'"),
+        ((failed, "--data", "[1]"), 2, "--data must be a JSON object"),
+        ((failed, "--failed"), 2, "give a PID, or --failed"),
+        ((), 2, "give a PID, or --failed"),
+        (("--name", "x"), 2, "give a PID, or --failed"),
+        ((failed, "--name", "x"), 2, "go with --failed"),
+        ((failed, "--since", "1h"), 2, "go with --failed"),
+        ((failed, "--dry-run"), 2, "go with --failed"),
+        (("--failed", "--step", "a"), 2, "go with a PID"),
+        (("--failed", "--data", "{}"), 2, "go with a PID"),
+        (("--failed", "--since", "soon"), 2, "since must be"),
+        ((failed, failed), 2, "unrecognized"),
+        (("0" * 32,), 3, "no process"),
+        ((live.start_process(steps("m:f", delay=60)),), 4, "it is queued"),
+    ]:
+        found = call("retry", *words)
+        assert (found.code, found.out, found.err.count("\n")) == (code, "", 1), words
+        assert named in found.err
+    assert live.count() == 5
+
+
+def test_retry_failed_prints_what_it_would_and_what_it_does_retry(live, capsys):
+    red, blue, held = live.start_many(
+        [steps("steps:fail", **given)
+         for given in ({"name": "red"}, {"name": "blue"}, {"key": "mine"})]
+    )  # fmt: skip
+    drain(live)
+    live.start_process(steps("steps:nothing", key="mine"))
+
+    def retry(*words):
+        return call_main(capsys, "retry", "--failed", *words, "--db", live.path)
+
+    everything = (0, f"{red}\n{blue}\n{held}\n", "")
+    assert retry("--dry-run") == retry("--dry-run", "--since", "1h") == everything
+    assert retry("--dry-run", "--name", "red") == (0, red + "\n", "")
+    assert retry("--since", "20380119031407") == (0, "", "")
+    assert live.count() == 4
+    code, out, err = retry("--name", "red")
+    assert (code, err) == (0, "") and live.get_process_info(out.strip()).series == red
+    code, out, err = retry()
+    assert live.get_process_info(out.strip()).series == blue
+    assert held in err and err.count("\n") == 1
+    assert retry("--name", "red") == (0, "", "")
+    assert live.count() == 6
+
+
+def test_list_and_count_take_the_same_filters(manager, clock, capsys):
+    found = filtered_processes(manager, clock)
+    manager.cancel(found["plain"])
+    five, database = procman.timestamp(clock.at - 300), ("--db", manager.path)
+    names = {pid: name for name, pid in found.items()}
+    for words, expected in [
+        ((), "asks, child, parent, queued elsewhere, named, plain, old"),
+        (("--status", "final"), "plain"),
+        (("--name", "nightly"), "named"),
+        (("--queue", "mail"), "queued elsewhere"),
+        (("--since", five), "asks, child, parent, queued elsewhere, named, plain"),
+        (("--since", five, "--status", "interrupted"), "asks"),
+        (("--parent", found["parent"]), "child"),
+        (("--series", found["old"][:8]), "old"),
+        (("--name", "nightly", "--queue", "mail"), ""),
+    ]:
+        code, out, err = call_main(capsys, "list", *words, *database)
+        infos = [json.loads(line) for line in out.splitlines()]
+        assert (code, err) == (0, ""), words
+        assert ", ".join(names[info["pid"]] for info in infos) == expected
+        counted = call_main(capsys, "count", *words, *database)
+        assert counted == (0, f"{len(infos)}\n", "")
+    for order in ("newest", "oldest", "due", "ended"):
+        words = ("list", "--order", order, "--limit", "2", "--offset", "1", *database)
+        listed = call_main(capsys, *words).out.splitlines()
+        wanted = manager.list_processes(order=order, limit=2, offset=1)
+        assert [json.loads(line)["pid"] for line in listed] == [x.pid for x in wanted]
+
+
+WRONG_WORDS = [  # of the commands in this group; what their one line names
+    (("list", "--order", "random"), "order must be one of newest, oldest, due, ended"),
+    (("list", "--since", "soon"), "since must be"),
+    (("list", "--since", "2022-02-09T12:58:14"), "since has no time zone"),
+    (("list", "--name", ""), "name must be"),
+    (("list", "--limit", "2.5"), "--limit"),
+    (("list", "--watch"), "--watch needs a terminal"),
+    (("list", "--watch", "--json"), "--watch needs a terminal"),
+    (("list", "--colour"), "--colour"),
+    (("count", "--status", "done"), "status must be one of"),
+    (("count", "--limit", "3"), "--limit"),
+    (("cancel", "--all", "--status", "finished"), "what is finished"),
+    (("pause",), "PID"),
+    (("pause", "abcdef", "--all"), "--all"),
+    (("retry",), "give a PID"),
+    (("why",), "PID"),
+    (("wait",), "PID"),
+    (("listen", "--since", "soon"), "--since"),
+    (("listen", "--since", "-1"), "since must be"),
+    (("listen", "--since", "1.5"), "--since"),
+    (("listen", "--status", "done"), "status must be one of"),
+    (("listen", "--json"), "--json"),
+    (("schedule",), "what"),
+    (("schedule", "preview"), "CRON"),
+    (("schedule", "review", "@daily"), "review"),
+    (("schedule", "preview", "@soon"), "@soon"),
+    (("schedule", "preview", "61 * * * *"), "minute"),
+    (("schedule", "preview", "@daily", "--tz", "Nowhere/At/All"), "Nowhere/At/All"),
+    (("schedule", "preview", "@daily", "--count", "0"), "count must be 1 to"),
+    (("schedule", "preview", "@daily", "--count", "many"), "--count"),
+    ((*ONE, "--interval", "soon"), "interval must be"),
+    ((*ONE, "--interval", "-2"), "interval"),
+    ((*ONE, "--interval", "5m", "--cron", "@daily"), "interval and cron"),
+    ((*ONE, "--cron", "* * *"), "five fields"),
+    ((*ONE, "--cron", "@daily", "--tz", "Nowhere/At/All"), "Nowhere/At/All"),
+    ((*ONE, "--tz", "UTC"), "tz says nothing without cron"),
+    ((*ONE, "--interval-from", "end"), "interval_from says nothing without interval"),
+    ((*ONE, "--interval", "1", "--interval-from", "now"), "interval_from must be one"),
+    ((*ONE, "--once", "--unique"), "once and unique"),
+    ((*ONE, "--key", ""), "key must be"),
+    ((*ONE, "--pid", "abc"), "pid must be 32 lowercase hex digits"),
+    (("runner", "--pm", "magic"), "pm must be one of"),
+    (("runner", "--min-workers", "3", "--max-workers", "2"), "min_workers is 3"),
+    (("runner", "--worker-ttl", "long"), "worker_ttl"),
+    (("runner", "--concurrency", "name"), "--concurrency must be NAME=N"),
+    (("runner", "--concurrency", "name=0"), "concurrency"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), WRONG_WORDS)
+def test_wrong_words_give_one_line_that_names_them_and_change_nothing(
+    home, monkeypatch, capsys, words, named
+):
+    monkeypatch.setenv("PROCMAN_DB", "fresh.db")
+    code, out, err = call_main(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("procman: ") and named in err and len(err) < 500
+    assert os.listdir(home) == ["steps.py"]
+
+
+@contextlib.contextmanager
+def at_terminal(*words):
+    """A command in the foreground of a terminal: (child, what it shows, type to it)."""
+    import fcntl
+    import pty
+    import termios
+
+    def foreground():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def read():
+        with contextlib.suppress(OSError):
+            while True:
+                chunk = os.read(master, 65536)
+                if not chunk:
+                    return
+                shown.extend(chunk)
+
+    shown = bytearray()
+    master, terminal = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, b"\x0c\0\x50\0\0\0\0\0")  # 12 lines of 80
+    child = spawn(
+        *words,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=foreground,
+        env={**os.environ},  # less what readline has put below it: LINES
+    )
+    os.close(terminal)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield child, lambda: bytes(shown).decode(), lambda key: os.write(master, key)
+    finally:
+        child.kill()
+        child.wait()
+        reader.join(20)
+        os.close(master)
+
+
+@posix
+def test_a_watched_list_is_shown_anew_in_place_until_it_is_interrupted(live, gates):
+    first = live.start_process(steps("steps:nothing", delay=3600))
+    words = ("list", "--watch", "--status", "open", "--db", live.path)
+    with running(live) as runner, at_terminal(*words) as (child, shown, press):
+        eventually(lambda: first[:12] in shown())
+        second = live.start_process(
+            steps("more:gate"), {"gate": str(gates / "open"), "ledger": "ledger"}
+        )
+        eventually(lambda: re.search(f"{second[:12]} +running", shown()))
+        live.cancel(first)
+        eventually(lambda: first[:12] not in shown().split("\x1b[H")[-1])
+        frames = shown().split("\x1b[H")[1:]
+        assert not shown().startswith("PID") and "\x1b[2J" not in shown()
+        assert all(frame.startswith("PID") for frame in frames)
+        many = live.start_many([steps("steps:nothing", delay=3600)] * 30)
+        eventually(lambda: many[-1][:12] in shown())
+        press(b"\x03")
+        assert child.wait(20) == 130
+        assert "Traceback" not in shown()
+        tall = [frame.count("\n") for frame in shown().split("\x1b[H")]
+        assert max(tall) < 12  # else the terminal scrolls
+        assert runner.poll() is None
+        (gates / "open").touch()
+        assert live.wait(second, 20).status == "finished"
+
+
+@posix
+def test_a_wait_shows_how_far_it_is_on_a_terminal_and_nowhere_else(live, more):
+    code = (
+        "current().progress(3, 10, 'so far'); await_file(data['go']);"
+        "current().progress(10, 10)"
+    )
+    data = {"go": str(more / "go"), "do": code}
+    with running(live, "--max-workers", "1"):
+        pid = live.start_process(steps("more:do"), data)
+        also = live.start_process(steps("steps:nothing"), data)
+        quiet = spawn("wait", pid, "--db", live.path)
+        one = at_terminal("wait", pid, "--json", "--db", live.path)
+        two = at_terminal("wait", pid, also, "--json", "--db", live.path)
+        with one as (first, shown, _), two as (second, of_both, _):
+            eventually(lambda: "3 of 10" in shown() and "0 of 2 have ended" in of_both())
+            assert f"[{'#' * 9}{'.' * 21}] 3 of 10 running: so far" in shown()
+            (more / "go").write_text("go")
+            assert first.wait(20) == second.wait(20) == 0
+            eventually(lambda: '"exit_code": 0}' in shown())
+            eventually(lambda: of_both().count('"exit_code": 0}') == 2)
+        assert "\r\x1b[K{" in shown()  # the bar is wiped before the record is shown
+        out, err = quiet.communicate(timeout=20)
+    assert json.loads(out)["pid"] == pid and err == b""
+    code, screen = on_terminal("wait", pid, "--json", "--db", live.path)
+    assert code == 0 and "of 10" not in screen
+    code, screen = on_terminal("wait", "0" * 32, "--db", live.path)
+    assert code == 3 and "no process" in screen
+
+
+# --- listening ---------------------------------------------------------------
+
+INTERRUPTIBLE = (
+    {}
+    if WINDOWS
+    else {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+)
+
+
+@posix
+def test_listen_prints_each_event_at_once_and_ends_quietly_by_ctrl_c(live):
+    live.start_process(ManagedProcess({}))
+    number = live.store.last_event()
+    words = ("listen", "--since", number, "--db", live.path)
+    child = spawn(*words, **INTERRUPTIBLE)
+    for _ in range(2):
+        pid = live.start_process(ManagedProcess({}))
+        for kind, status in (("start", "queued"), ("finish", "finished")):
+            event = json.loads(child.stdout.readline())
+            number += 1
+            assert re.fullmatch("20[0-9]{12}", event.pop("at"))
+            assert list(event.items()) == [
+                *[("number", number), ("pid", pid), ("kind", kind)],
+                *[("status", status), ("detail", None)],
+            ]
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=20) == (b"", b"")
+    assert child.returncode == 130
+
+
+def test_listen_to_a_process_ends_with_it(live, capsys):
+    pid, later = live.start_many([steps("steps:fail", retry=1, retry_interval=0)] * 2)
+    child = spawn("listen", pid, "--since", "0", "--db", live.path)
+    assert json.loads(child.stdout.readline())["kind"] == "start"
+    drain(live)
+    out, err = child.communicate(timeout=20)
+    kinds = [json.loads(line)["kind"] for line in out.splitlines()]
+    assert (kinds, err) == (["claim", "retry", "claim", "fail"], b"")
+    assert child.returncode == 0
+    words = ("listen", later[:8], "--status", "error", "--since", "0")
+    code, out, err = call_main(capsys, *words, "--db", live.path)
+    event = json.loads(out)
+    assert (code, err, event["pid"], event["status"]) == (0, "", later, "error")
+    assert event["detail"]["message"] == "no luck"
+    assert call_main(capsys, "listen", later, "--db", live.path) == (0, "", "")
+    assert call_main(capsys, "listen", "0" * 32, "--db", live.path).code == 3
+    assert call_main(capsys, "listen", "--db", "missing.db").code == 3
+
+
+def test_why_and_a_preview_of_a_schedule_are_lines_of_text(live, capsys):
+    pid = live.start_process(steps("m:f"))
+    assert call_main(capsys, "why", pid[:6], "--db", live.path) == (
+        *(0, "no runner serves queue 'default': start one that does\n", ""),
+    )
+    assert call_main(capsys, "why", "0" * 32, "--db", live.path).code == 3
+    preview = ("schedule", "preview", "30 4 29 2 *", "--db", "never.db")
+    code, out, err = call_main(capsys, *preview, "--count", "2")
+    assert (code, err) == (0, "") and not Path("never.db").exists()
+    assert [line[4:] for line in out.splitlines()] == ["0229043000"] * 2
+    assert len(call_main(capsys, *preview).out.splitlines()) == 10
+    words = ("schedule", "preview", "0 12 1 7 *", "--tz", "Asia/Kolkata", "--count", "1")
+    if has_zone_data():
+        assert call_main(capsys, *words).out[4:] == "0701063000\n"
+
+
+# --- variables ---------------------------------------------------------------
+
+
+def test_variables_are_defaults_of_start_and_its_own_flags_win(
+    live, monkeypatch, capsys
+):
+    given = {
+        "NAME": "nightly", "QUEUE": "mail", "PRIORITY": "-3", "RETRY": "2",
+        "RETRY_INTERVAL": "1h", "BACKOFF": "1.5", "TIMEOUT": "5m", "ON_LOST": "ask",
+        "ARGS": '{"a": 1}', "DELAY": "60", "INTERVAL": "-1", "INTERVAL_FROM": "start",
+        "DEDICATED": "1", "ONCE": "TRUE", "UNIQUE": "", "AT": "", "KEY": "taken",
+        "PID": "0" * 32, "STEPS": "missing.json", "DATA": "[", "COLOUR": "red",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv("PROCMAN_" + name, value)
+
+    def start(*words):
+        code, out, err = call_main(capsys, *ONE, *words, "--db", live.path)
+        assert (code, err) == (0, "")
+        row = live.store.find(out.strip())
+        assert row["once_key"] is None or not row["once_key"].startswith("key")
+        options = live.store.definition(row["definition"]).options
+        return live.get_process_info(out.strip()), {**options, **dict(row)}
+
+    info, options = start()
+    assert info.pid != "0" * 32
+    assert (info.name, info.queue, info.priority) == ("nightly", "mail", -3)
+    assert (info.retry_left, info.timeout) == (2, 300)
+    assert round(info.due_at - info.created_at) == 60
+    expected = {
+        "retry_interval": 3600, "backoff": 1.5, "on_lost": "ask", "args": {"a": 1},
+        "interval": -1, "interval_from": "start", "once": True, "dedicated": 1,
+    }  # fmt: skip
+    assert {name: options[name] for name in expected} == expected
+    assert start()[0].pid == info.pid  # for there is PROCMAN_ONCE
+    monkeypatch.setenv("PROCMAN_DEDICATED", "false")
+    words = ("--name", "own", "--queue", "default", "--priority", "0", "--retry", "0")
+    info, options = start(*words, "--at", "20380119031407", "--cron", "@daily", "--unique",
+                          "--args", "{}", "--data", '{"n": 1}')  # fmt: skip
+    assert (info.name, info.queue, info.priority) == ("own", "default", 0)
+    assert procman.timestamp(info.due_at) == "20380120000000"
+    assert (options["dedicated"], options["cron"]) == (0, "@daily")
+    assert not {"interval", "once", "args"} & {*options}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RETRY", "ten"), ("RETRY", "1.5"), ("RETRY", "-2"), ("PRIORITY", "x"),
+        ("BACKOFF", "0.5"), ("BACKOFF", "x"), ("TIMEOUT", "soon"), ("TIMEOUT", "0"),
+        ("DELAY", "-1"), ("ONCE", "yes"), ("DEDICATED", "2"), ("ARGS", "{"),
+        ("ARGS", "[1]"), ("ARGS", '{"a": {}}'), ("QUEUE", "../etc"), ("NAME", "a\x1bb"),
+        ("ON_LOST", "shrug"), ("INTERVAL", "soon"), ("INTERVAL_FROM", "now"),
+        ("AT", "tomorrow"), ("CRON", "* *"), ("CRON", "0 0 30 2 *"), ("TZ", "No/where"),
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_is_named_and_nothing_is_written(
+    home, monkeypatch, capsys, name, value
+):
+    monkeypatch.setenv("PROCMAN_DB", "fresh.db")
+    monkeypatch.setenv("PROCMAN_" + name, value)
+    code, out, err = call_main(capsys, *ONE)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"PROCMAN_{name}" in err
+    assert os.listdir(home) == ["steps.py"]
+
+
+def test_what_a_step_starts_has_neither_its_pid_nor_its_key(live):
+    start = [sys.executable, str(PROCMAN), *ONE, "--data", '{"n": 1}']
+    pid = live.start_process(steps({"command": start}))
+    assert drain(live, max_jobs=1) == 1
+    started = live.wait(pid, 0).output["stdout"].strip()
+    assert started != pid and live.count() == 2
+    assert live.store.find(started)["once_key"] is None
+    assert drain(live) == 1 and live.wait(started, 0).output == {"n": 2}
+
+
+def test_variables_are_defaults_of_a_runner_and_of_no_other_command(
+    live, monkeypatch, capsys
+):
+    mail, other = live.start_many(
+        [steps("steps:nothing", queue=queue) for queue in ("mail", "default")]
+    )
+    monkeypatch.setenv("PROCMAN_QUEUE", "mail")
+    monkeypatch.setenv("PROCMAN_CONCURRENCY", "a=1,b=2")
+    monkeypatch.setenv("PROCMAN_MIN_WORKERS", "2")
+    for name, value in {"WAIT": "1", "MAX_WORKERS": "2", "LIMIT": "x"}.items():
+        monkeypatch.setenv("PROCMAN_" + name, value)
+    words = ("runner", "--db", live.path)
+    assert cli(*words) == (0, "", "")
+    assert statuses(live, [mail, other]) == ["finished", "queued"]
+    assert cli(*words, "--queue", "default") == (0, "", "")
+    assert statuses(live, [mail, other]) == ["finished", "finished"]
+    with running(live, "--concurrency", "c=3"):
+        (state,) = live.store.runner_states()
+        assert state["queues"] == ["mail"]
+        assert state["concurrency"] == {"a": 1, "b": 2, "c": 3}
+    monkeypatch.setenv("PROCMAN_MAX_WORKERS", "1")
+    found = cli(*words)
+    assert found.code == 2 and "min_workers is 2, more than max_workers" in found.err
+    monkeypatch.delenv("PROCMAN_MIN_WORKERS")
+    for name, value in [
+        ("MAX_JOBS", "many"), ("MAX_WORKERS", "0"), ("GRACE", "long"), ("PM", "magic"),
+        ("CONCURRENCY", "a"), ("WORKER_TTL", "long"),
+    ]:  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setenv("PROCMAN_" + name, value)
+            code, out, err = call_main(capsys, *words)
+            assert (code, out, err.count("\n")) == (2, "", 1), err
+            assert name.lower() in err.lower()
+            for others in (("--db", live.path, "count"), ("--help",), ("count", "--help")):
+                if others[0] == "count":
+                    others = (*others, "--db", live.path)
+                assert call_main(capsys, *others).code == 0, (name, others)
+
+
+# --- help --------------------------------------------------------------------
+
+
+def test_every_flag_is_explained_and_every_example_is_one():
+    import shlex
+
+    commands, top = parser_commands()
+    for name, parser in commands.items():
+        unexplained = [
+            action.option_strings[0]
+            for action in parser._actions
+            if action.option_strings and not action.help
+        ]
+        assert not unexplained, (name, unexplained)
+        words = shlex.split(parser.epilog.partition("example:\n")[2])
+        words = words[words.index("procman.py") + 1 :]
+        for end in ("<", "--"):
+            words = words[: words.index(end)] if end in words else words
+        args = top.parse_args(words)
+        assert args.func is procman.COMMANDS[name][0]
+
+
 # ===========================================================================
 # 11. Crashes
 # ===========================================================================
