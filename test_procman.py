@@ -5380,7 +5380,9 @@ def test_what_is_final_is_neither_cancelled_nor_paused_nor_changed_by_that(
         for verb in ("cancel", "pause"):
             if (status, verb) == ("cancelled", "cancel"):
                 continue
-            with pytest.raises(procman.WrongState, match=f"cannot {verb} process {pid}"):
+            with pytest.raises(
+                procman.WrongState, match=f"cannot {verb} process {pid}"
+            ):
                 getattr(manager, verb)(pid)
             code, out, err = call_main(capsys, verb, pid, *database)
             assert (code, out, err.count("\n")) == (4, "", 1) and status in err
@@ -5415,7 +5417,8 @@ def filtered_processes(manager, clock):
     ("filters", "expected"),
     [
         ({}, "old, plain, named, queued elsewhere, parent, child, asks"),
-        ({"status": "open"}, "old, plain, named, queued elsewhere, parent, child, asks"),
+        ({"status": "open", "queue": "default"},
+         "old, plain, named, parent, child, asks"),
         ({"status": "interrupted"}, "asks"),
         ({"status": "running"}, ""),
         ({"name": "nightly"}, "named"),
@@ -5443,7 +5446,9 @@ def test_cancel_all_cancels_what_passes_its_filters_and_nothing_else(
     if "status" not in filters:
         assert manager.count(**filters, status="open") == len(wanted)
     assert manager.cancel_all(**filters) == wanted
-    assert {info.pid for info in manager.list_processes(status="cancelled")} == {*wanted}
+    assert {info.pid for info in manager.list_processes(status="cancelled")} == {
+        *wanted
+    }
     assert manager.get_process_status(final) == "finished"
     assert manager.cancel_all(**filters) == []
 
@@ -5483,7 +5488,11 @@ def test_cancel_all_ends_series_and_what_runs_where_cancel_ends_one_run(manager,
         assert manager.cancel_all(series=together) == []
         manager.wait_all([alone, together], 20)
     first, second = manager.list_processes(series=alone, order="oldest")
-    assert (first.status, second.status, second.series) == ("cancelled", "queued", alone)
+    assert (first.status, second.status, second.series) == (
+        "cancelled",
+        "queued",
+        alone,
+    )
     assert [info.status for info in manager.list_processes(series=together)] == [
         "cancelled"
     ]
@@ -5821,7 +5830,11 @@ def test_retry_failed_retries_each_failure_once(manager, more, clock):
 def test_since_is_when_it_ended_or_for_what_is_open_when_it_began(manager, clock):
     clock.at = 1644411494.0  # 2022-02-09T12:58:14Z
     ended_late, ended_early, open_early = manager.start_many(
-        [steps("steps:nothing", delay=1000), steps("steps:nothing"), steps("m:f", at=2e9)]
+        [
+            steps("steps:nothing", delay=1000),
+            steps("steps:nothing"),
+            steps("m:f", at=2e9),
+        ]
     )
     drain(manager)
     clock.advance(1000)
@@ -5831,8 +5844,8 @@ def test_since_is_when_it_ended_or_for_what_is_open_when_it_began(manager, clock
     late = {ended_late, open_late}
     for since, expected in {
         1644412494: late,
-        1644412494.0: late,
         "1644412494": late,
+        "1644412494.0": late,
         "2022-02-09T13:14:54Z": late,
         "2022-02-09T14:14:54+01:00": late,
         "20220209131454": late,
@@ -5914,7 +5927,9 @@ def test_lists_are_ordered_and_paged_as_asked(manager, clock):
             page = manager.list_processes(order=order, limit=1, offset=offset)
             assert [info.pid for info in page] == [expected[offset]]
     for wrong in ("", "random", "id; --", None, 3):
-        with pytest.raises(procman.BadSpec, match="order must be one of newest, oldest"):
+        with pytest.raises(
+            procman.BadSpec, match="order must be one of newest, oldest"
+        ):
             manager.list_processes(order=wrong)
     with pytest.raises(TypeError, match="unknown filter 'pid'; known: status, name"):
         manager.list_processes(pid=first)
@@ -5927,7 +5942,9 @@ def test_lists_are_ordered_and_paged_as_asked(manager, clock):
 
 def test_the_life_of_a_process_is_told_by_its_events(manager, more):
     fails_once = (
-        "if not os.path.exists('tried'): open('tried', 'w').close(); raise OSError('no')"
+        "if not os.path.exists('tried'):\n"
+        "    open('tried', 'w').close()\n"
+        "    raise OSError('no')"
     )
     specs = ("more:do", "steps:Ask", "more:hold", "more:do")
     process = steps(*specs, retry=1, retry_interval=0)
@@ -5969,7 +5986,9 @@ def test_each_ending_is_an_event_of_its_own(manager, more):
     for status, pid in found.items():
         *_, last = manager.events(pid, since=0)
         assert (last["kind"], last["status"]) == (kinds[status], status)
-    details = [list(manager.events(pid, since=0))[-1]["detail"] for pid in found.values()]
+    details = [
+        list(manager.events(pid, since=0))[-1]["detail"] for pid in found.values()
+    ]
     assert details[0] is details[3] is None
     assert details[1] == {"step": "a", "type": "ValueError", "message": "no luck"}
     assert details[2]["type"] == "Timeout"
@@ -6103,7 +6122,9 @@ def test_no_event_is_missed_or_told_twice_while_many_write(live):
 
 
 def test_waits_for_none_one_any_and_all(manager, more):
-    assert manager.wait_all([]) == manager.wait_any([]) == manager.wait_all(iter([])) == []
+    assert (
+        manager.wait_all([]) == manager.wait_any([]) == manager.wait_all(iter([])) == []
+    )
     asks, fine, held = manager.start_many(
         [steps("steps:Ask", "m:f"), steps("steps:nothing"),
          (steps("more:hold"), held_at(more))]
@@ -6170,7 +6191,9 @@ def test_waits_can_be_awaited_several_at_once_in_one_event_loop(manager, more):
     assert isinstance(error, procman.ProcessFailed) and "no luck" in str(error)
     assert error.info == both[1] and error.info.error["type"] == "ValueError"
     assert isinstance(gone, procman.ProcessCancelled) and gone.info.pid == cancelled
-    assert isinstance(late, procman.WaitTimeout) and isinstance(nobody, procman.NotFound)
+    assert isinstance(late, procman.WaitTimeout) and isinstance(
+        nobody, procman.NotFound
+    )
 
 
 # --- why ---------------------------------------------------------------------
@@ -6298,7 +6321,11 @@ def test_a_preview_lists_when_cron_is_due(manager, clock):
     for wrong in (0, -1, 10_001, "3", 1.0, True):
         with pytest.raises(procman.BadSpec, match="count"):
             manager.preview("@hourly", count=wrong)
-    for cron, tz in (("@soon", "UTC"), ("* * * *", "UTC"), ("@daily", "Nowhere/At/All")):
+    for cron, tz in (
+        ("@soon", "UTC"),
+        ("* * * *", "UTC"),
+        ("@daily", "Nowhere/At/All"),
+    ):
         with pytest.raises(procman.BadSpec):
             manager.preview(cron, tz)
 
@@ -7737,12 +7764,11 @@ def test_pause_and_retry_print_the_pid_of_what_they_have_done(live, capsys):
     assert live.wait(pid, 0).output == {"n": 8}
     code, out, err = call("pause", pid)
     assert (code, out) == (4, "") and "it is finished" in err
-    for words, data in [((), {"n": 1}), (("--step", "a", "--data", '{"n": 3}'), {"n": 3})]:
+    for words, reached in [((), 8), (("--step", "a", "--data", '{"n": 3}'), 6)]:
         code, out, err = call("retry", pid[:7], *words)
         assert (code, err) == (0, "") and re.fullmatch("[0-9a-f]{32}\n", out)
         drain(live)
-        data = {"n": {1: 8, 3: 6}[data["n"]]} if words else {"n": 8}
-        assert live.wait(out.strip(), 0).output == data
+        assert live.wait(out.strip(), 0).output == {"n": reached}
     for words, code, named in [
         ((failed, "--step", "b"), 2, "give its data"),
         ((failed, "--step", "c"), 2, "no step 'c'"),
@@ -7964,7 +7990,9 @@ def test_a_wait_shows_how_far_it_is_on_a_terminal_and_nowhere_else(live, more):
         one = at_terminal("wait", pid, "--json", "--db", live.path)
         two = at_terminal("wait", pid, also, "--json", "--db", live.path)
         with one as (first, shown, _), two as (second, of_both, _):
-            eventually(lambda: "3 of 10" in shown() and "0 of 2 have ended" in of_both())
+            eventually(
+                lambda: "3 of 10" in shown() and "0 of 2 have ended" in of_both()
+            )
             assert f"[{'#' * 9}{'.' * 21}] 3 of 10 running: so far" in shown()
             (more / "go").write_text("go")
             assert first.wait(20) == second.wait(20) == 0
@@ -8039,7 +8067,15 @@ def test_why_and_a_preview_of_a_schedule_are_lines_of_text(live, capsys):
     assert (code, err) == (0, "") and not Path("never.db").exists()
     assert [line[4:] for line in out.splitlines()] == ["0229043000"] * 2
     assert len(call_main(capsys, *preview).out.splitlines()) == 10
-    words = ("schedule", "preview", "0 12 1 7 *", "--tz", "Asia/Kolkata", "--count", "1")
+    words = (
+        "schedule",
+        "preview",
+        "0 12 1 7 *",
+        "--tz",
+        "Asia/Kolkata",
+        "--count",
+        "1",
+    )
     if has_zone_data():
         assert call_main(capsys, *words).out[4:] == "0701063000\n"
 
@@ -8081,8 +8117,8 @@ def test_variables_are_defaults_of_start_and_its_own_flags_win(
     assert start()[0].pid == info.pid  # for there is PROCMAN_ONCE
     monkeypatch.setenv("PROCMAN_DEDICATED", "false")
     words = ("--name", "own", "--queue", "default", "--priority", "0", "--retry", "0")
-    info, options = start(*words, "--at", "20380119031407", "--cron", "@daily", "--unique",
-                          "--args", "{}", "--data", '{"n": 1}')  # fmt: skip
+    words += ("--at", "20380119031407", "--cron", "@daily", "--unique", "--args", "{}")
+    info, options = start(*words, "--data", '{"n": 1}')
     assert (info.name, info.queue, info.priority) == ("own", "default", 0)
     assert procman.timestamp(info.due_at) == "20380120000000"
     assert (options["dedicated"], options["cron"]) == (0, "@daily")
@@ -8154,9 +8190,8 @@ def test_variables_are_defaults_of_a_runner_and_of_no_other_command(
             code, out, err = call_main(capsys, *words)
             assert (code, out, err.count("\n")) == (2, "", 1), err
             assert name.lower() in err.lower()
-            for others in (("--db", live.path, "count"), ("--help",), ("count", "--help")):
-                if others[0] == "count":
-                    others = (*others, "--db", live.path)
+            database = ("--db", live.path)
+            for others in ((*database, "count"), ("count", *database), ("--help",)):
                 assert call_main(capsys, *others).code == 0, (name, others)
 
 
