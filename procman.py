@@ -3306,9 +3306,8 @@ class Store(Records):
         try:
             found: Json | None = None if row is None else json.loads(row[0])
         except (ValueError, TypeError) as error:
-            raise StorageError(
-                f"the database {self.path} has been changed by hand: {error}"
-            ) from error
+            words = f"the data of a step in {self.path} has been changed by hand"
+            raise BadSpec(f"{words}: {error}") from error
         return found
 
     def retry(
@@ -3661,7 +3660,7 @@ class Store(Records):
         try:
             definition = self.definition(row["definition"])
             data = self._input(db, row["id"], 0)
-        except StorageError:  # changed by hand: the run that has ended says so
+        except (StorageError, BadSpec):  # changed by hand, as the run itself says
             return
         key = row["once_key"]
         if key is not None and self._with_key(db, key) is not None:

@@ -3245,10 +3245,15 @@ def test_a_series_whose_rows_were_changed_by_hand_troubles_nobody_else(manager, 
     assert manager.get_process_status(other) == "finished"
     assert manager.get_process_status(pids[2]) == "finished"
     assert [manager.get_process_status(pid) for pid in pids[:2]] == ["error"] * 2
-    assert manager.count(series=pids[2], status="open") == 1
+    assert [manager.count(series=pid, status="open") for pid in pids] == [0, 0, 1]
     clock.advance(60)
-    drain(manager)
-    assert manager.count(status="running") == 0
+    assert drain(manager) == 1
+    late = manager.start_process(steps("steps:fail"))
+    assert drain(manager) == 1
+    with pytest.raises(procman.BadSpec, match="changed by hand"):
+        manager.retry(pids[1])
+    found = dict(manager.retry_failed())
+    assert found.pop(late) and found == dict.fromkeys(pids[:2])
 
 
 def store_once(manager, data=None, names=("a", "b"), **options):
@@ -3412,7 +3417,7 @@ def test_once_replaces_a_plain_one_and_one_that_runs_with_its_series(manager, cl
 def test_a_row_that_was_changed_by_hand_is_equal_to_nobody(manager):
     pids = [store_once(manager, once=None) for _ in range(3)]
     with manager.store.transaction() as db:
-        for row, data in ((1, "{"), (2, 5)):
+        for row, data in ((1, "{{"), (2, 55)):
             db.execute("UPDATE data SET data = ? WHERE process = ?", (data, row))
     assert store_once(manager) == pids[2]
     with manager.store.transaction() as db:
