@@ -797,6 +797,9 @@ class Definition:
         return self._orders[index]
 
 
+KEY = "key "  # begins the `once_key` of what was started with a key
+
+
 class Submission(
     namedtuple("Submission", "pid definition data options due_at due_from own once_key")
 ):
@@ -1071,7 +1074,8 @@ def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | No
     due = now + (options["delay"] or 0) if at is None else parse_at(at)
     if cron is not None:  # what is due now and then is not due twice
         waits = at is not None or options["delay"] is not None
-        due = next_cron(cron, max(0.0, due - 0.001) if waits else due, options["tz"])
+        start = max(now, due) - 0.001 if waits else due
+        due = next_cron(cron, start, options["tz"])
     return due, now if at is None else None
 
 
@@ -2600,10 +2604,11 @@ class Records(Database):
         try:
             row = self.find(pid)
         except NotFound:
-            sql = "SELECT 1 FROM process WHERE series = ? LIMIT 1"
-            if not self.read(sql, (pid,)):
-                raise
-            return pid
+            sql = """
+                SELECT DISTINCT series FROM process
+                 WHERE series >= ? AND series < ? LIMIT 2"""
+            found: str = self._one(pid, self.read(sql, (pid, pid + "g")))[0]
+            return found
         return str(row["series"] or row["pid"])
 
     def series_goes_on(self, pid: str) -> bool:
@@ -2696,7 +2701,7 @@ class Records(Database):
             "os_pid": row["os_pid"],
             "alive": not dead,
             "waits": bool(row["waits"]),
-            "queues": row["queues"].split(","),
+            "queues": row["queues"].split(",") if row["queues"] else [],
             "concurrency": json.loads(row["concurrency"] or "{}"),
             "started_at": timestamp(row["started_at"]),
         }
@@ -2762,7 +2767,7 @@ class Records(Database):
             ),
         )[0][0]
         if ahead:
-            return f"{ahead} ahead of it in queue {queue}, and all workers are busy"
+            return f"{ahead} ahead of it in queue {queue}"
         return f"it is the next in queue {queue}, as soon as a worker is free"
 
     # --- what is due -------------------------------------------------------
@@ -3327,14 +3332,22 @@ class Store(Records):
         if recorded is None and data is None:
             words = f"step {quoted(step)} of process {row['pid']} was not reached"
             raise BadSpec(f"{words}: give its data")
+        merged = {**(recorded or {}), **(data or {})}
         key = row["once_key"]
+        # A series keeps its key for its own runs; equal is what does the same.
+        same = index == 0 and merged == recorded
+        if definition.repeats() or not (same or str(key).startswith(KEY)):
+            key = None
         other = None if key is None else self._with_key(db, key)
         if other is not None:
             raise NotUnique(other["pid"], other["status"], "the key is that of")
-        number = self._definition_id(db, definition.once_only())
         new_id, new_pid = self._again(
-            *(db, row, number, index, to_json({**(recorded or {}), **(data or {})})),
-            *(self.now(), row["series"] or row["pid"], {"retry_of": row["pid"]}),
+            *(db, row, to_json(merged), {"retry_of": row["pid"]}),
+            definition=self._definition_id(db, definition.once_only()),
+            step_index=index,
+            series=row["series"] or row["pid"],
+            once_key=key,
+            retry_of=row["id"],
         )
         if not definition.steps:
             self.transition(db, "finish", Move(new_id))
@@ -3353,41 +3366,28 @@ class Store(Records):
         index = int(row["step_index"])
         return index if index < len(names) and row["status"] != FINISHED else 0
 
+    _COPIED = ("definition", "queue", "priority", "name", "dedicated")
+
     def _again(
-        self,
-        db: Connection,
-        row: Row,
-        definition: int,
-        index: int,
-        data: str,
-        due: float,
-        series: str,
-        detail: Json,
+        self, db: Connection, row: Row, data: str, detail: Json, **more: Any
     ) -> tuple[int, str]:
-        """Queue a process like another, from this step on; return its id and pid."""
+        """Queue a process like that of a row; return its id and pid.
+
+        `data` is the input of its first step, `detail` what its first event says,
+        `more` are its other columns.
+        """
         pid, now = os.urandom(PID_LENGTH // 2).hex(), self.now()
-        new_id = db.execute(
-            """
-            INSERT INTO process (pid, definition, status, queue, priority, due_at,
-                                 created_at, step_index, name, due_from, dedicated,
-                                 once_key, series, retry_of)
-            SELECT :pid, :definition, 'queued', queue, priority, :due,
-                   :now, :index, name, :now, dedicated,
-                   once_key, :series, :original
-              FROM process WHERE id = :id""",
-            {
-                "pid": pid,
-                "definition": definition,
-                "due": due,
-                "now": now,
-                "index": index,
-                "series": series,
-                "original": row["id"] if "retry_of" in detail else None,
-                "id": row["id"],
-            },
-        ).lastrowid
+        columns = {name: row[name] for name in self._COPIED}
+        columns.update(pid=pid, created_at=now, due_at=now, due_from=now)
+        columns.update(more)
+        marks = ", ".join(f":{name}" for name in columns)
+        sql = f"""
+            INSERT INTO process (status, {", ".join(columns)})
+            VALUES ('queued', {marks})"""
+        new_id = db.execute(sql, columns).lastrowid
         assert new_id is not None
-        db.execute("INSERT INTO data VALUES (?, ?, ?)", (new_id, index, data))
+        first = columns.get("step_index", 0)
+        db.execute("INSERT INTO data VALUES (?, ?, ?)", (new_id, first, data))
         self._add_events(db, "start", [(new_id, to_json(detail))])
         return new_id, pid
 
@@ -3674,8 +3674,10 @@ class Store(Records):
         except ProcmanError as error:  # the data of its time zone is gone, for one
             trouble = to_json(make_error(None, type(error).__name__, str(error)))
         new_id, _ = self._again(
-            *(db, row, row["definition"], 0, to_json(data)),
-            *(due, row["series"], {"after": row["pid"]}),
+            *(db, row, to_json(data), {"after": row["pid"]}),
+            due_at=due,
+            series=row["series"],
+            once_key=key,
         )
         if trouble is not None:
             self.transition(db, "fail", Move(new_id, {"error": trouble}))
@@ -3691,7 +3693,9 @@ class Store(Records):
 
     def look_at_clock(self) -> None:
         """Count dues anew if the clock was set back, though nothing else happens."""
-        if self._set_back(self.db, self.now()):
+        with self._my_turn():
+            set_back = self._set_back(self.db, self.now())
+        if set_back:
             with self.transaction(wait=1) as db:
                 self._add_events(db, "clock", [(0, None)])  # nobody's: not listed
 
@@ -4588,7 +4592,7 @@ class ProcessManager:
         content = to_json(expect_object({} if data is None else data))
         once_key = None
         if options["key"] is not None:
-            once_key = "key " + options["key"]
+            once_key = KEY + options["key"]
         elif options["once"] or options["unique"]:
             once_key = Definition(text).fingerprint(content)
         if not process.steps and (options["interval"] or options["cron"]) is not None:
@@ -5632,8 +5636,9 @@ class Runner:
         try:
             life.acquire()
             bell, port = await self._hang_bell()
+            queues, pid, _ = self._served
             self._number = self._store.add_runner(
-                *(self._token, boot_id(), self._queues, port),
+                *(self._token, boot_id(), () if pid else queues, port),
                 waits=self._wait,
                 concurrency=self._concurrency,
             )
@@ -6261,8 +6266,8 @@ def cmd_retry(args: argparse.Namespace) -> int:
         if args.dry_run or new:
             print(old if args.dry_run else new)
         else:
-            _say(f"process {old} not retried: another open process has its key")
-    return DONE
+            _say(f"process {old} not retried: its key is taken, or its data damaged")
+    return DONE if args.dry_run or all(new for _, new in found) else WRONG_STATE
 
 
 def cmd_cancel(args: argparse.Namespace) -> int:

@@ -1538,8 +1538,9 @@ def options_of(**given):
         ({"cron": "0 12 * * *", "at": TIME_NOON + 1}, 86400, False),
         ({"cron": "*/10 * * * *", "delay": 61.0}, 600, True),
         ({"cron": "*/10 * * * *", "delay": 600.0}, 600, True),
-        ({"cron": "*/10 * * * *", "at": TIME_NOON - 601}, -600, False),
-        ({"cron": "0 12 * * *", "at": 0}, 43200 - TIME_NOON, False),
+        # What was asked for lies in the past: from now on.
+        ({"cron": "*/10 * * * *", "at": TIME_NOON - 601}, 0, False),
+        ({"cron": "30 12 * * *", "at": 0}, 1800, False),
     ],
 )
 def test_when_a_new_process_is_due(options, due, counted):
@@ -5757,6 +5758,19 @@ def test_a_retried_run_joins_its_series_but_does_not_carry_it_on(manager, clock)
     assert drain(manager) == 1 and manager.count() == 5  # the series itself goes on
 
 
+def test_a_series_is_found_by_a_part_of_its_pid_after_its_first_run_was_pruned(
+    manager, clock
+):
+    first = manager.start_process(steps("steps:nothing", interval="1d"))
+    drain(manager)
+    clock.advance(2 * 86400)
+    assert manager.prune("1d") == 1
+    for pid in (first, first[:9]):
+        assert manager.count(series=pid) == 1
+    with pytest.raises(procman.NotFound):
+        manager.count(series="f" * 32 if first[0] != "f" else "0" * 32)
+
+
 def test_retries_of_retries_are_all_of_the_series_of_the_first(manager):
     pids = [manager.start_process(steps("steps:fail"))]
     for _ in range(3):
@@ -5785,6 +5799,29 @@ def test_a_key_is_held_by_one_open_process_also_among_retries(manager):
     with pytest.raises(procman.NotUnique):
         manager.retry(other)
     assert manager.count() == 3
+
+
+def test_a_run_of_a_keyed_series_is_retried_beside_it(manager):
+    process = steps("steps:fail", key="nightly", interval="1d")
+    first = manager.start_process(process)
+    drain(manager)
+    again = manager.retry(first)
+    open_ones = manager.list_processes(series=first, status="open", order="oldest")
+    assert [info.pid for info in open_ones][1:] == [again]
+    assert manager.start_process(process) == open_ones[0].pid, "the key is the series'"
+
+
+@pytest.mark.parametrize(
+    ("how", "same"),
+    [({}, True), ({"data": {"n": 0}}, True), ({"data": {"n": 1}}, False)]
+    + [({"step": "b", "data": {"n": 0}}, False)],
+)
+def test_a_retry_is_equal_only_to_what_does_the_same(manager, how, same):
+    process = steps("steps:fail", "steps:nothing", once=True)
+    first = manager.start_process(process, {"n": 0})
+    drain(manager)
+    again = manager.retry(first, **how)
+    assert (manager.start_process(process, {"n": 0}) == again) == same
 
 
 def test_retry_failed_retries_each_failure_once(manager, more, clock):
@@ -6232,7 +6269,7 @@ def test_why_says_what_holds_a_queued_process_up(manager, more, clock):
         )
         for pid, ahead in ((low, 1), (last, 2)):
             assert manager.why(pid) == (
-                f"{ahead} ahead of it in queue 'default', and all workers are busy"
+                f"{ahead} ahead of it in queue 'default'"
             )
         assert manager.why(mine).startswith("no runner serves queue 'other'")
         (more / "go").write_text("go")
