@@ -5569,6 +5569,8 @@ class Runner:
         self._pool.grace = seconds(grace, "grace")
         self._claimed = self._done = 0
         self._upkeep_after = self._prune_after = 0.0
+        self._due: float | None = None  # what the store said ...
+        self._due_state: Any = None  # ... in this state of it
         self._claim_after = 0.0  # monotonic: after a claim that found nothing to take
         self._busy_since: float | None = None
         self._stopping = False
@@ -5745,7 +5747,7 @@ class Runner:
         if pool.results:  # with whose commit more is claimed
             moments.append(pool.ripe_at())
         else:
-            due = self._store.next_due(self._demand())
+            due = self._next_due(self._demand())
             if due is not None:
                 due_at = now + due - self._store.now()
                 moments.append(max(due_at, pool.spawn_after, self._claim_after))
@@ -5765,8 +5767,21 @@ class Runner:
             room, dedicated = min(room, most), min(dedicated, most)
         return Demand(*self._served, room, dedicated, most)
 
+    def _next_due(self, demand: Demand) -> float | None:
+        """When the next process is due; not looked for again while nothing changes.
+
+        Where enough of a name run it is a long look, past all that wait.
+        """
+        if not self._concurrency:
+            return self._store.next_due(demand)
+        kinds = (demand.room > 0, demand.dedicated > 0)
+        state = (self._store.version(), kinds)
+        if state != self._due_state:
+            self._due, self._due_state = self._store.next_due(demand), state
+        return self._due
+
     def _is_due(self, demand: Demand) -> bool:
-        due = self._store.next_due(demand)
+        due = self._next_due(demand)
         return due is not None and due <= self._store.now()
 
     def _commit(self, *, claim: bool = True) -> bool:
