@@ -4841,8 +4841,10 @@ class ProcessManager:
             # In this order: what comes between is found the next time.
             version = self.store.version()
             over = pid is not None and self._has_ended(pid)
-            fresh = over or version != seen
-            some = self.store.events(number, pid, kinds) if fresh else []
+            some, last = [], number
+            if over or version != seen:
+                last = max(number, self.store.last_event())
+                some = self.store.events(number, pid, kinds)
             for event in some:
                 number = event["number"]
                 yield event
@@ -4851,7 +4853,7 @@ class ProcessManager:
                 continue
             if over:
                 return
-            seen = version
+            seen, number = version, last  # what the filter left out is not read again
             time.sleep(poll_delay(time.monotonic() - quiet_since))
 
     def _has_ended(self, pid: str) -> bool:

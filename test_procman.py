@@ -6081,6 +6081,25 @@ def test_events_are_filtered_by_the_status_that_they_leave(manager, more):
     assert {next(final)["pid"] for _ in range(4)} == {*found.values()}
 
 
+def test_what_a_filter_of_events_leaves_out_is_read_once(manager, monkeypatch):
+    find, looks = manager.store.events, []
+
+    def look(after, *more):
+        found = find(after, *more)
+        looks.append(after)
+        if len(looks) == 1:
+            manager.start_process(steps("m:f"))
+        if len(looks) == 2:
+            manager.cancel(pids[0])
+        return found
+
+    pids = manager.start_many([steps("m:f")] * 3)
+    monkeypatch.setattr(manager.store, "events", look)
+    event = next(manager.events(status="cancelled", since=0))
+    assert (event["number"], event["pid"]) == (5, pids[0])
+    assert looks == [0, 3, 4]
+
+
 def test_who_follows_a_process_gets_its_last_event_whenever_that_comes(manager):
     class Hasty(ProcessManager):
         """Where somebody cancels what is followed just before that is looked at."""
