@@ -3353,6 +3353,24 @@ class Store(Records):
             self.transition(db, "finish", Move(new_id))
         return new_pid
 
+    def retry_some(
+        self, db: Connection, pids: Iterable[str]
+    ) -> list[tuple[str, str | None]]:
+        """Retry those that nobody has retried yet; return (old pid, new pid or None)."""
+        found: list[tuple[str, str | None]] = []
+        sql = """
+            SELECT 1 FROM process
+             WHERE retry_of = (SELECT id FROM process WHERE pid = ?)"""
+        for pid in pids:
+            if db.execute(sql, (pid,)).fetchone():
+                continue
+            new = None
+            # Pruned meanwhile; its key is taken; changed by hand.  Nothing is written.
+            with contextlib.suppress(NotFound, NotUnique, BadSpec):
+                new = self.retry(db, pid, None, None)
+            found.append((pid, new))
+        return found
+
     @staticmethod
     def _retry_index(row: Row, definition: Definition, step: str | None) -> int:
         """Where to begin again."""
@@ -4702,14 +4720,13 @@ class ProcessManager:
         with `dry_run` nothing is started and the new pids are None, as they are for
         those whose key another open process has.
         """
+        pids = self.store.failed({"name": name, "since": since})
+        if dry_run:
+            return [(pid, None) for pid in pids]
         found: list[tuple[str, str | None]] = []
-        for pid in self.store.failed({"name": name, "since": since}):
-            new = None
-            if not dry_run:
-                # Pruned meanwhile; its key is taken; changed by hand.
-                with contextlib.suppress(NotFound, NotUnique, BadSpec):
-                    new = self.retry(pid)
-            found.append((pid, new))
+        for start in range(0, len(pids), GROUP_SIZE):
+            with self._verb() as db:
+                found += self.store.retry_some(db, pids[start : start + GROUP_SIZE])
         return found
 
     def wait(self, pid: str, timeout: float | None = None) -> ProcessInfo:

@@ -5867,6 +5867,25 @@ def test_retry_failed_retries_each_failure_once(manager, more, clock):
     assert fine not in again
 
 
+def test_what_somebody_else_retries_meanwhile_is_not_retried_twice(manager, more):
+    pids = manager.start_many([steps("steps:fail")] * 3)
+    drain(manager)
+
+    class Slow(procman.Store):
+        """Where somebody is faster between the look and the transaction."""
+
+        def failed(self, filters):
+            found = super().failed(filters)
+            manager.retry(pids[1])
+            return found
+
+    with contextlib.closing(ProcessManager(manager.path)) as other:
+        other.store = Slow(manager.path)
+        assert [old for old, _ in other.retry_failed()] == [pids[0], pids[2]]
+        other.store.close()
+    assert manager.count(status="queued") == 3
+
+
 # --- looking -----------------------------------------------------------------
 
 
