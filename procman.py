@@ -3239,8 +3239,9 @@ class Store(Records):
         """
         row = self.find(pid)
         if row["status"] != CANCELLED:
-            wish = WISH_SERIES if row["status"] == QUEUED else WISH_RUN
-            self._cancel(db, row, wish)
+            # One that was paused before it began is still to come, as a queued one.
+            begun = row["started_at"] is not None and row["status"] != QUEUED
+            self._cancel(db, row, WISH_RUN if begun else WISH_SERIES)
         return str(row["pid"])
 
     def _cancel(self, db: Connection, row: Row, wish: int) -> None:

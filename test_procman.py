@@ -3178,6 +3178,14 @@ def test_what_ends_a_series_and_what_only_a_run(manager, clock, way, state):
     assert manager.count(series=pid, status="open") == goes_on
 
 
+def test_to_cancel_a_run_paused_before_it_began_ends_its_series_and_says_so(manager):
+    pid = manager.start_process(steps("m:f", interval=60))
+    manager.pause(pid)
+    manager.cancel(pid)
+    assert manager.count(status="open") == 0
+    assert not manager.store.series_goes_on(pid)
+
+
 def test_a_series_can_be_ended_after_its_run_was_cancelled(manager):
     pid = manager.start_process(steps("m:f", interval=60))
     [held] = store_claim(manager)
