@@ -591,6 +591,11 @@ def merge_options(defaults: Json, own: Json) -> Json:
     return options
 
 
+def repeating(options: Mapping[str, Any]) -> bool:
+    """Whether a run with these options is followed by another."""
+    return any(options.get(name) is not None for name in ("interval", "cron"))
+
+
 def check_defaults(options: Mapping[str, Any]) -> Json:
     """The same, of options for many processes."""
     for name in OF_ONE_PROCESS:
@@ -735,7 +740,7 @@ class Definition:
 
     def repeats(self) -> bool:
         """Whether a run is followed by another."""
-        return "interval" in self.options or "cron" in self.options
+        return repeating(self.options)
 
     def exclusive(self) -> bool:
         """Whether an equal process was looked for when it was started."""
@@ -2885,8 +2890,7 @@ class Store(Records):
                 number = numbers[text] = self._definition_id(db, text)
             described = (options["queue"], options["priority"], new.due_at, now)
             more = (options["name"], new.due_from, options["dedicated"], new.once_key)
-            repeats = options["interval"] is not None or options["cron"] is not None
-            series = new.pid if repeats else None
+            series = new.pid if repeating(options) else None
             rows.append((row_id, new.pid, number, *described, *more, series))
             inputs.append((row_id, new.data))
             if text.startswith('{"steps":{},'):
@@ -3357,7 +3361,7 @@ class Store(Records):
     def retry_some(
         self, db: Connection, pids: Iterable[str]
     ) -> list[tuple[str, str | None]]:
-        """Retry those that nobody has retried yet; return (old pid, new pid or None)."""
+        """Retry those that nobody has retried yet; return (old pid, new or None)."""
         found: list[tuple[str, str | None]] = []
         sql = """
             SELECT 1 FROM process
@@ -4614,7 +4618,7 @@ class ProcessManager:
             once_key = KEY + options["key"]
         elif options["once"] or options["unique"]:
             once_key = Definition(text).fingerprint(content)
-        if not process.steps and (options["interval"] or options["cron"]) is not None:
+        if not process.steps and repeating(options):
             raise BadSpec("nothing to run again: a process with a schedule needs steps")
         pid = options["pid"] or os.urandom(PID_LENGTH // 2).hex()
         return Submission(

@@ -853,7 +853,9 @@ def test_what_a_default_has_been_switched_off_for_cannot_be_told_more(manager):
         assert other.get_process_info(pid).series == pid
 
 
-@pytest.mark.parametrize("schedule", [{"interval": -1}, {"cron": "@daily"}])
+@pytest.mark.parametrize(
+    "schedule", [{"interval": -1}, {"interval": 0}, {"cron": "@daily"}]
+)
 def test_a_process_without_steps_has_no_schedule(manager, schedule):
     text = "^nothing to run again: a process with a schedule needs steps$"
     other = ProcessManager(manager.path, defaults=schedule)
