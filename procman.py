@@ -2640,6 +2640,17 @@ class Records(Database):
         where, parameters = self._filter(filters)
         return int(self.read(f"SELECT count(*) FROM process {where}", parameters)[0][0])
 
+    def cancellable(self, filters: Mapping[str, Any], after: int) -> list[int]:
+        """Ids of the next few hundred that pass and can be cancelled."""
+        where, parameters = self._cancellable(filters)
+        sql = f"SELECT id FROM process {where} AND id > ? ORDER BY id LIMIT 500"
+        return [row[0] for row in self.read(sql, (*parameters, after))]
+
+    def _cancellable(self, filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+        where, parameters = self._filter({**_OPEN, **check_filters(filters)})
+        wanted = f"finished_at IS NULL AND cancel_requested < {WISH_SERIES}"
+        return f"{where} AND {wanted}", parameters
+
     def failed(self, filters: Mapping[str, Any]) -> list[str]:
         """Pids of those that ended as error or timeout and were not retried."""
         where, parameters = self._filter(filters)
@@ -3259,16 +3270,15 @@ class Store(Records):
         if not self.transition(db, "cancel", move):
             raise WrongState(row["pid"], "cancel", row["status"], OPEN_STATES)
 
-    def cancel_some(self, db: Connection, filters: Mapping[str, Any]) -> list[str]:
-        """Cancel the first few hundred that pass and are open, and end their series."""
-        where, parameters = self._filter({**_OPEN, **check_filters(filters)})
-        rows = db.execute(
-            f"""
+    def cancel_some(
+        self, db: Connection, filters: Mapping[str, Any], ids: Sequence[int]
+    ) -> list[str]:
+        """Cancel those of `cancellable` that still are, and end their series."""
+        where, parameters = self._cancellable(filters)
+        sql = f"""
             SELECT * FROM process {where}
-               AND process.finished_at IS NULL AND cancel_requested < {WISH_SERIES}
-             ORDER BY id LIMIT 500""",
-            parameters,
-        ).fetchall()
+               AND id IN ({", ".join("?" * len(ids))}) ORDER BY id"""
+        rows = db.execute(sql, (*parameters, *ids)).fetchall()
         for row in rows:
             self._cancel(db, row, WISH_SERIES)
         return [row["pid"] for row in rows]
@@ -4687,12 +4697,13 @@ class ProcessManager:
         if filters.get("status") in ("final", *FINAL_STATES):
             raise BadSpec(f"what is {filters['status']} cannot be cancelled")
         pids: list[str] = []
-        while True:
-            with self._verb() as db:  # in small transactions: nobody waits for it
-                some = self.store.cancel_some(db, filters)
-            if not some:
-                return pids
-            pids += some
+        ids = [0]
+        # In small transactions, and looked for before them: nobody waits for it.  What
+        # follows a run that ends meanwhile has a higher id.
+        while ids := self.store.cancellable(filters, ids[-1]):
+            with self._verb() as db:
+                pids += self.store.cancel_some(db, filters, ids)
+        return pids
 
     def pause(self, pid: str) -> str:
         """Interrupt a process: a queued one now, a running one after its step.

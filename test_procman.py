@@ -5516,6 +5516,16 @@ def test_cancel_all_ends_series_and_what_runs_where_cancel_ends_one_run(manager,
     assert drain(manager) == 0 and manager.count() == 3
 
 
+def test_cancel_all_looks_past_what_has_ended_before_it_takes_the_lock(manager):
+    manager.start_many([ManagedProcess({})] * 3000)
+    pids = manager.start_many([steps("m:f")] * 2)
+    db, locked = manager.store.db, []
+    db.set_progress_handler(lambda: locked.append(db.in_transaction), 1000)
+    assert manager.cancel_all() == pids
+    db.set_progress_handler(None, 0)
+    assert False in locked and locked.count(True) < 5
+
+
 # --- pausing -----------------------------------------------------------------
 
 
