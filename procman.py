@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -499,7 +500,7 @@ def check_new_pid(value: Any, where: str = "pid") -> str:
     if not re.fullmatch(f"[0-9a-f]{{{PID_LENGTH}}}", text):
         words = f"{PID_LENGTH} lowercase hex digits"
         raise BadSpec(f"{where} must be {words}, not {quoted(value)}")
-    return str(value)
+    return text
 
 
 def _no_check(value: Any, where: str) -> Any:
@@ -651,7 +652,7 @@ _KEYS: dict[str, Callable[[Any, str], Any]] = {  # of step specs: their checks
     "services": _check_strings,
     "output": _choice("text", "json"),
     "timeout": _check_timeout,
-    "interrupt": lambda value, where: expect(value, where, bool, "true or false"),
+    "interrupt": _check_flag,
     "env": _check_environment,
     "cwd": _check_string,
 }
@@ -790,15 +791,9 @@ class Definition:
         """What each order to run this step has in common, as JSON text."""
         if index not in self._orders:
             name, spec = self.steps[index]
-            self._orders[index] = to_json(
-                {
-                    "step": name,
-                    "index": index,
-                    "spec": spec,
-                    "directory": self.directory,
-                    "args": self.option("args"),
-                }
-            )
+            what = {"step": name, "index": index, "spec": spec}
+            where = {"directory": self.directory, "args": self.option("args")}
+            self._orders[index] = to_json({**what, **where})
         return self._orders[index]
 
 
@@ -1325,8 +1320,8 @@ def next_cron(expression: str, after: float, tz: str | None = None) -> float:
     start = _local(after, zone)
     # Instants ascend with local times, so what is earlier than `start` was due before.
     for local in _cron_times(cron, start):
-        if local >= start and _instant(local, zone) > after:
-            return _instant(local, zone)
+        if local >= start and (at := _instant(local, zone)) > after:
+            return at
     raise BadSpec(f"cron: {quoted(expression)} is never due")
 
 
@@ -2726,7 +2721,8 @@ class Records(Database):
         """One sentence on what holds a process up, by the conditions of the claim."""
         row = self.find(pid)
         status, error = row["status"], json.loads(row["error"] or "{}")
-        step = quoted(self.definition(row["definition"]).step_name(row["step_index"]))
+        definition = self.definition(row["definition"])
+        step = quoted(definition.step_name(row["step_index"]))
         if status in FINAL_STATES:
             at = f"it ended as {status} at {timestamp(row['finished_at'])} UTC"
             return at + (f": {error['message']}" if error else "")
@@ -2741,7 +2737,7 @@ class Records(Database):
             return f"it waits for {self.read(sql, (row['id'],))[0][0]} children"
         if status == INTERRUPTED:
             said = f", because {error['message']}" if error else ""
-            last = row["step_index"] == len(self.definition(row["definition"]).steps)
+            last = row["step_index"] == len(definition.steps)
             where = "after its last step" if last else f"before step {step}"
             return f"it is interrupted {where}{said}: proceed continues it"
         return self._why_queued(row)
@@ -2859,12 +2855,6 @@ class Store(Records):
 
     A method that takes `db` wants the connection of an open `transaction`.
     """
-
-    def __init__(
-        self, path: str, *, now: Callable[[], float] = time.time, create: bool = True
-    ):
-        super().__init__(path, now=now, create=create)
-        self._updates: dict[Any, str] = {}  # statements
 
     # --- entering ----------------------------------------------------------
 
@@ -3014,15 +3004,12 @@ class Store(Records):
     @staticmethod
     def _differs(row: Row, new: Submission) -> bool:
         """Whether a process has other options than those submitted now."""
-        definition = Definition(row["text"])
-        for name, value in new.own.items():
-            if name in ("once", "unique", "key", "pid"):
-                continue
-            columns = ("name", "queue", "priority", "dedicated")
-            given = row[name] if name in columns else definition.option(name)
-            if given != value:
-                return True
-        return False
+        definition, columns = Definition(row["text"]), row.keys()
+        return any(
+            value != (row[name] if name in columns else definition.option(name))
+            for name, value in new.own.items()
+            if name not in ("once", "unique", "key", "pid")
+        )
 
     # --- claiming ----------------------------------------------------------
 
@@ -3042,10 +3029,9 @@ class Store(Records):
         end = next((at for at, row in enumerate(rows) if row["crashes"]), len(rows))
         claims, now = [], self.now()
         for row in (*rows[: end or int(idle)], *own)[: demand.most]:
-            columns: Json = {"runner": runner, "claim": _whole(row["claim"]) + 1}
-            first = row["started_at"] is None
-            columns["started_at"] = now if first else row["started_at"]
-            claims.append(Move(row["id"], columns))
+            began = now if row["started_at"] is None else row["started_at"]
+            columns = {"claim": _whole(row["claim"]) + 1, "started_at": began}
+            claims.append(Move(row["id"], {**columns, "runner": runner}))
         moved = self.transition(db, "claim", *claims)
         held = (self._hold(db, row) for row in (*rows, *own) if row["id"] in moved)
         return [one for one in held if one is not None]
@@ -3314,8 +3300,8 @@ class Store(Records):
             now = self.now()
             first = self.next_due(Demand([row["queue"]], None, {}))
             due = now if first is None else min(now, first - 0.001)
-            columns = {"due_at": due, "due_from": now, "error": None}
-            columns["pause_requested"] = 0
+            when = {"due_at": due, "due_from": now}
+            columns = {**when, "error": None, "pause_requested": 0}
             self.transition(db, "proceed", Move(row["id"], columns))
         return str(row["pid"])
 
@@ -3636,25 +3622,24 @@ class Store(Records):
         """A condition: nobody wants it cancelled, nor paused where it would go on."""
         if kind == "cancel":
             return ""
-        paused = kind in ("step", "retry", "give_back")
-        return " AND NOT cancel_requested" + " AND NOT pause_requested" * paused
+        goes_on = kind in ("step", "retry", "give_back")
+        return " AND NOT cancel_requested" + " AND NOT pause_requested" * goes_on
 
+    @staticmethod
+    @functools.cache
     def _update_sql(
-        self, names: tuple[str, ...], sources: tuple[str, ...], guard: str
+        names: tuple[str, ...], sources: tuple[str, ...], guard: str
     ) -> str:
         """The UPDATE of these columns of a process in one of these states.
 
         Its parameters: the columns, the row id, its claim or None for any.
         """
-        key = (names, sources, guard)
-        if key not in self._updates:
-            states = ", ".join(f"'{word}'" for word in sources)
-            self._updates[key] = (
-                f"UPDATE process SET {', '.join(f'{name} = ?' for name in names)}"
-                f" WHERE id = ? AND claim = coalesce(?, claim) AND status IN ({states})"
-                f"{guard}"
-            )
-        return self._updates[key]
+        states = ", ".join(f"'{word}'" for word in sources)
+        return (
+            f"UPDATE process SET {', '.join(f'{name} = ?' for name in names)}"
+            f" WHERE id = ? AND claim = coalesce(?, claim) AND status IN ({states})"
+            f"{guard}"
+        )
 
     def _add_events(
         self, db: Connection, kind: str, whose: Iterable[tuple[int, str | None]]
@@ -3695,11 +3680,11 @@ class Store(Records):
             data = self._input(db, row["id"], 0)
         except (StorageError, BadSpec):  # changed by hand, as the run itself says
             return
+        if data is None or not definition.repeats():
+            return
         key = row["once_key"]
         if key is not None and self._with_key(db, key) is not None:
             return  # while this run was being cancelled another has replaced it
-        if data is None or not definition.repeats():
-            return
         now = due = self.now()
         trouble = None
         try:
