@@ -725,6 +725,13 @@ class Definition:
         self.directory: str = content["directory"]
         self._orders: dict[int, str] = {}
 
+    def check(self) -> None:
+        """Refuse what nobody could have started: it was changed by hand."""
+        check_options(expect_object(self.options, "options"))
+        expect(self.directory, "directory", str, "a text")
+        for name, spec in self.steps:
+            check_step(spec, f"steps.{name}")
+
     @staticmethod
     def text(steps: str, options: Json, directory: str) -> str:
         """The text that is stored; equal processes share one.  `steps` is JSON text."""
@@ -1123,7 +1130,8 @@ def retry_delay(attempt: int, interval: float, backoff: float, chance: float) ->
     if backoff == 1:
         return interval
     try:
-        grown = interval * backoff ** (attempt - 1) * (1 + 0.1 * chance)
+        # As a float it ends in an OverflowError, as an int in no time that ends.
+        grown = interval * float(backoff) ** (attempt - 1) * (1 + 0.1 * chance)
     except OverflowError:
         grown = _MAX_GROWN if interval else 0.0
     return max(interval, min(_MAX_GROWN, grown))
@@ -2434,9 +2442,13 @@ _OPEN = {"status": "open"}  # a filter
 _NUMBERS = ("claim", "attempt", "crashes", "step_index")  # of a row that is claimed
 
 
+# What comes of calculating with columns that are of any type and size.
+_BY_HAND = (ValueError, TypeError, LookupError, OverflowError)
+
+
 def _whole(value: Any) -> int:
-    """A number that is one, unless a row has been edited by hand."""
-    return value if isinstance(value, int) else 0
+    """A number that is one and can grow, unless a row has been edited by hand."""
+    return value if isinstance(value, int) and 0 <= value < 2**62 else 0
 
 
 WISH_RUN, WISH_SERIES = 1, 2  # values of cancel_requested
@@ -2466,14 +2478,21 @@ class Records(Database):
             if len(self._definitions) > 256:
                 self._definitions.clear()
             sql = "SELECT text FROM definition WHERE id = ?"
-            try:
-                found = Definition(self.read(sql, (number,))[0][0])
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
-                raise StorageError(
-                    f"the database {self.path} has been changed by hand: no sound"
-                    f" definition {number}"
-                ) from error
+            rows = self.read(sql, (number,))
+            found = self._parsed(number, rows[0][0] if rows else None)
             self._definitions[number] = found
+        return found
+
+    def _parsed(self, number: int, text: Any) -> Definition:
+        """The definition of this text; StorageError if it was changed by hand."""
+        try:
+            found = Definition(text)
+            found.check()
+        except (*_BY_HAND, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"the database {self.path} has been changed by hand: no sound"
+                f" definition {number}"
+            ) from error
         return found
 
     def find(self, pid: str) -> Row:
@@ -2995,16 +3014,17 @@ class Store(Records):
             (crc, len(new.data)),  # keys in another order make no other length
         )
         for row in rows:
-            with contextlib.suppress(ValueError, TypeError):  # changed by hand
-                if Definition(row["text"]).fingerprint(row["data"]) == new.once_key:
+            with contextlib.suppress(StorageError, *_BY_HAND):  # changed by hand
+                definition = self._parsed(row["definition"], row["text"])
+                if definition.fingerprint(row["data"]) == new.once_key:
                     found: Row = row
                     return found
         return None
 
-    @staticmethod
-    def _differs(row: Row, new: Submission) -> bool:
+    def _differs(self, row: Row, new: Submission) -> bool:
         """Whether a process has other options than those submitted now."""
-        definition, columns = Definition(row["text"]), row.keys()
+        definition = self._parsed(row["definition"], row["text"])
+        columns = row.keys()
         return any(
             value != (row[name] if name in columns else definition.option(name))
             for name, value in new.own.items()
@@ -3088,14 +3108,14 @@ class Store(Records):
                     left[row["name"]] -= 1
         return allowed
 
-    def _hold(self, db: Connection, row: Row) -> Held | None:
-        """What was claimed; None where its rows are damaged, which is its error."""
+    def _fail_damaged(self, db: Connection, row: Row, data: Any) -> bool:
+        """Whether a process that was claimed is damaged, which is its error."""
         try:
             definition = self.definition(row["definition"])
-            kinds = [type(row[name]) for name in _NUMBERS]
+            numbers = [row[name] for name in _NUMBERS]
             if not (
-                kinds == [int] * len(_NUMBERS)
-                and isinstance(row["data"], str)
+                numbers == [*map(_whole, numbers)]
+                and isinstance(data, str)
                 and str(row["pid"]).isalnum()
                 and definition.step_name(row["step_index"])
             ):
@@ -3104,7 +3124,14 @@ class Store(Records):
             failure = to_json(make_error(None, "StorageError", str(error)))
             columns = {"error": failure, "runner": None}
             self.transition(db, "fail", Move(row["id"], columns))
+            return True
+        return False
+
+    def _hold(self, db: Connection, row: Row) -> Held | None:
+        """What was claimed; None where its rows are damaged."""
+        if self._fail_damaged(db, row, row["data"]):
             return None
+        definition = self.definition(row["definition"])
         timeout = definition.option("timeout")
         return Held(
             row["id"],
@@ -3487,11 +3514,14 @@ class Store(Records):
                 (runner,),
             ).fetchall()
             for row in rows:
-                self._recover_one(db, row, row["crashes"] + (1 if charged else 0))
+                self._recover_one(db, row, charged)
             db.execute("DELETE FROM runner WHERE id = ?", (runner,))
         return [row["pid"] for row in rows]
 
-    def _recover_one(self, db: Connection, row: Row, crashes: int) -> None:
+    def _recover_one(self, db: Connection, row: Row, charged: bool) -> None:
+        if self._fail_damaged(db, row, data=""):
+            return
+        crashes = row["crashes"] + (1 if charged else 0)
         definition = self.definition(row["definition"])
         step = definition.step_name(row["step_index"])
         on_lost = definition.option("on_lost") if crashes > row["crashes"] else "retry"
@@ -3689,7 +3719,7 @@ class Store(Records):
         trouble = None
         try:
             due = successor_due(definition.option, now, row["started_at"])
-        except ProcmanError as error:  # the data of its time zone is gone, for one
+        except (ProcmanError, *_BY_HAND) as error:  # no data of its time zone, say
             trouble = to_json(make_error(None, type(error).__name__, str(error)))
         new_id, _ = self._again(
             *(db, row, to_json(data), {"after": row["pid"]}),
@@ -3705,9 +3735,10 @@ class Store(Records):
     @staticmethod
     def _set_back(db: Connection, now: float) -> bool:
         """Whether the clock has been set back since the last event."""
-        sql = "SELECT at FROM event ORDER BY number DESC LIMIT 1"
-        row = db.execute(sql).fetchone()
-        return row is not None and bool(now < row[0] - CLOCK_SECONDS)
+        # Calculated in SQL, in which a text is a number, too.
+        sql = "SELECT ? < at - ? FROM event ORDER BY number DESC LIMIT 1"
+        row = db.execute(sql, (now, CLOCK_SECONDS)).fetchone()
+        return row is not None and bool(row[0])
 
     def look_at_clock(self) -> None:
         """Count dues anew if the clock was set back, though nothing else happens."""
@@ -3731,8 +3762,8 @@ class Store(Records):
             try:
                 option = self.definition(row["definition"]).option
                 due = counted_anew(option, dict(row), now)
-            except ProcmanError:  # no data of its time zone, say: it stays as it is
-                continue
+            except (ProcmanError, *_BY_HAND):  # no data of its time zone, say
+                continue  # it stays as it is
             sql = "UPDATE process SET due_at = ?, due_from = ? WHERE id = ?"
             db.execute(sql, (due, now, row["id"]))
 
@@ -4930,7 +4961,8 @@ class ProcessManager:
     def _ring(self, ports: list[int]) -> None:
         """Send each a byte, which may get lost, for they look anyway."""
         for port in ports:
-            with contextlib.suppress(OSError):
+            # What is not a port was changed by hand, and its runner looks anyway.
+            with contextlib.suppress(OSError, OverflowError, TypeError):
                 if self._socket is None:
                     import socket
 

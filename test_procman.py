@@ -3267,6 +3267,72 @@ def test_a_series_whose_rows_were_changed_by_hand_troubles_nobody_else(manager, 
     assert found.pop(late) and found == dict.fromkeys(pids[:2])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "event SET at = 'x'",
+        "process SET due_from = 'x'",
+        "process SET started_at = 'x' WHERE id = 2",
+        "process SET claim = 9223372036854775807 WHERE id = 1",
+        "process SET attempt = 9223372036854775807 WHERE id = 1",
+        "process SET attempt = 4611686018427387903 WHERE id = 1",
+        *[
+            f"definition SET text = json_set(text, '{path}', 'x') WHERE id = 1"
+            for path in (
+                *("$.options", "$.options.retry", "$.options.timeout"),
+                *("$.steps", "$.steps.a"),
+            )
+        ],
+        "definition SET text = json_set(text, '$.options.interval', 'x') WHERE id = 2",
+    ],
+)
+def test_a_row_changed_by_hand_ends_no_runner_and_hinders_no_start(
+    manager, clock, change
+):
+    options = {"timeout": 60, "retry": -1, "retry_interval": 1, "backoff": 2}
+    for process in (  # their ids and those of their definitions are 1 to 4
+        steps("steps:fail", **options),
+        steps("steps:nothing", interval=60),
+        steps("steps:nothing", key="the only"),
+        steps("steps:nothing", cron="* * * * *"),
+    ):
+        manager.start_process(process)
+    with manager.store.transaction() as db:
+        db.execute(f"UPDATE {change}")
+    clock.advance(-30)
+    manager.close()
+    manager.store._definitions.clear()
+    other = manager.start_process(steps("steps:nothing", unique=True), {"x": 1})
+    clock.advance(90)
+    drain(manager)
+    assert manager.get_process_status(other) == "finished"
+    assert manager.count(status="running") == 0
+
+
+def test_a_runner_recovers_the_rest_where_a_row_was_changed_by_hand(manager):
+    damaged, other = (
+        manager.start_process(steps("steps:nothing", name=name)) for name in "ab"
+    )
+    late = manager.start_process(steps("steps:fail", on_lost="ask"))
+    assert len(store_claim(manager)) == 3
+    with manager.store.transaction() as db:
+        db.execute("UPDATE process SET step_index = 'x' WHERE id = 1")
+        sql = "UPDATE definition SET text = '{}' WHERE text LIKE '%fail%'"
+        db.execute(sql)
+    manager.store.close()
+    manager.store._definitions.clear()
+    assert len(store_crash(manager)) == 3
+    states = [manager.get_process_status(pid) for pid in (damaged, other, late)]
+    assert states == ["error", "queued", "error"]
+
+
+def test_a_port_changed_by_hand_does_not_make_a_start_fail(manager):
+    for port in ("x", -1, 0.5, 2**40):
+        manager.store.add_runner("ab" * 8, "boot", ["default"], port)
+    pid = manager.start_process(steps("steps:nothing"))
+    assert manager.get_process_status(pid) == "queued"
+
+
 def store_once(manager, data=None, names=("a", "b"), **options):
     """Start a process of two steps, once unless told otherwise."""
     specs = dict.fromkeys(names, "m:f")
