@@ -6157,7 +6157,7 @@ def _concurrency(given: Iterable[str]) -> dict[str, int]:
     found = {}
     for text in given:
         name, equals, most = text.rpartition("=")
-        if not equals or not most.isdecimal():
+        if not equals or not re.fullmatch("[0-9]{1,10}", most):
             raise BadSpec(f"--concurrency must be NAME=N, not {quoted(text)}")
         found[name] = int(most)
     return found

@@ -8059,6 +8059,7 @@ WRONG_WORDS = [  # of the commands in this group; what their one line names
     (("runner", "--min-workers", "3", "--max-workers", "2"), "min_workers is 3"),
     (("runner", "--worker-ttl", "long"), "worker_ttl"),
     (("runner", "--concurrency", "name"), "--concurrency must be NAME=N"),
+    (("runner", "--concurrency", f"name={'9' * 5000}"), "--concurrency must be NAME=N"),
     (("runner", "--concurrency", "name=0"), "concurrency"),
 ]
 
