@@ -368,7 +368,12 @@ def expect_text(value: Any, where: str, limit: int = MAX_NAME) -> str:
 
 def timestamp(at: float | None) -> str | None:
     """Epoch seconds as 14 digits of UTC, `20220209125814`."""
-    return None if at is None else time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
+    if at is None:
+        return None
+    try:
+        return time.strftime("%Y%m%d%H%M%S", time.gmtime(at))
+    except (ValueError, TypeError, OverflowError, OSError):  # no calendar has it
+        return str(at)
 
 
 def jitter() -> float:
@@ -786,7 +791,7 @@ class Definition:
 
     def step_name(self, index: int) -> str | None:
         """The name of a step, None past the last."""
-        return self.steps[index][0] if index < len(self.steps) else None
+        return self.steps[index][0] if 0 <= index < len(self.steps) else None
 
     def step_timeout(self, index: int) -> float | None:
         """Seconds that a step may take, None for any."""
@@ -925,6 +930,17 @@ def make_error(step: str | None, kind: str, message: str, **more: Any) -> Json:
     return {**record, **{name: more.get(name) for name in facts}}
 
 
+def read_progress(text: str | None) -> Json | None:
+    """`{done, total, message}`, from the column."""
+    if not text:
+        return None
+    found = expect_object(json.loads(text), "progress")
+    for name in ("done", "total"):
+        if found[name] is not None:
+            expect_number(found[name], name, 0.0, 2**63)
+    return {name: found[name] for name in ("done", "total", "message")}
+
+
 _TIMES = ("created_at", "started_at", "finished_at", "due_at")
 
 
@@ -963,7 +979,7 @@ class ProcessInfo(
             error=error,
             step=definition.step_name(index),
             steps=dict(zip((name for name, _ in definition.steps), states)),
-            progress=json.loads(row["progress"]) if row["progress"] else None,
+            progress=read_progress(row["progress"]),
             attempt=row["attempt"],
             crashes=row["crashes"],
             retry_left=definition.retry_left(row["attempt"]),
@@ -2543,9 +2559,19 @@ class Records(Database):
         info: ProcessInfo = self._one(pid, found)
         return info
 
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what comes of rows that make no sense into a StorageError's one line."""
+        try:
+            yield
+        except (*_BY_HAND, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"the database {self.path} has been changed by hand: {error}"
+            ) from error
+
     def _infos(self, clause: str, parameters: Any) -> list[ProcessInfo]:
         infos = []
-        try:
+        with self._readable():
             for row in self.read(f"{self._SHOWN} {clause}", parameters):
                 try:
                     definition = self.definition(row["definition"])
@@ -2555,11 +2581,7 @@ class Records(Database):
                         raise
                     continue
                 infos.append(ProcessInfo.from_row(row, definition))
-            return infos
-        except (ValueError, TypeError) as error:
-            raise StorageError(
-                f"the database {self.path} has been changed by hand: {error}"
-            ) from error
+        return infos
 
     def output(self, pid: str, skip: int = 0) -> tuple[bytes, int]:
         """What a process has printed after so many bytes, and how many there are.
@@ -2705,7 +2727,8 @@ class Records(Database):
              WHERE {" AND ".join(terms)} ORDER BY event.number LIMIT 500""",
             parameters,
         )
-        return [event_record(dict(row)) for row in rows]
+        with self._readable():
+            return [event_record(dict(row)) for row in rows]
 
     # --- runners -----------------------------------------------------------
 
@@ -2720,7 +2743,8 @@ class Records(Database):
 
     def runner_states(self) -> list[Json]:
         """What there is to know of each; alive is who holds the lock of its life."""
-        return [self._runner_state(row) for row in self.runners()]
+        with self._readable():
+            return [self._runner_state(row) for row in self.runners()]
 
     def _runner_state(self, row: Row) -> Json:
         path = os.path.join(self.run_directory, row["token"] + ".lock")
@@ -2732,13 +2756,17 @@ class Records(Database):
             "alive": not dead,
             "waits": bool(row["waits"]),
             "queues": row["queues"].split(",") if row["queues"] else [],
-            "concurrency": json.loads(row["concurrency"] or "{}"),
+            "concurrency": check_concurrency(json.loads(row["concurrency"] or "{}")),
             "started_at": timestamp(row["started_at"]),
         }
 
     def why(self, pid: str) -> str:
         """One sentence on what holds a process up, by the conditions of the claim."""
         row = self.find(pid)
+        with self._readable():
+            return self._why(row)
+
+    def _why(self, row: Row) -> str:
         status, error = row["status"], json.loads(row["error"] or "{}")
         definition = self.definition(row["definition"])
         step = quoted(definition.step_name(row["step_index"]))
@@ -3337,7 +3365,7 @@ class Store(Records):
         sql = "SELECT data FROM data WHERE process = ? AND step_index = ?"
         row = db.execute(sql, (row_id, index)).fetchone()
         try:
-            found: Json | None = None if row is None else json.loads(row[0])
+            found = None if row is None else expect_object(json.loads(row[0]))
         except (ValueError, TypeError) as error:
             words = f"the data of a step in {self.path} has been changed by hand"
             raise BadSpec(f"{words}: {error}") from error
@@ -3409,7 +3437,7 @@ class Store(Records):
             raise BadSpec(words)
         if step is not None:
             return names.index(step)
-        index = int(row["step_index"])
+        index = _whole(row["step_index"])
         return index if index < len(names) and row["status"] != FINISHED else 0
 
     _COPIED = ("definition", "queue", "priority", "name", "dedicated")
@@ -6440,7 +6468,7 @@ def cmd_listen(args: argparse.Namespace) -> int:
 
 def cmd_why(args: argparse.Namespace) -> int:
     """Say in one sentence why a process is not running."""
-    print(printable(_manager(args).why(args.pid)))
+    print(one_line(_manager(args).why(args.pid)))
     return DONE
 
 

@@ -3326,6 +3326,46 @@ def test_a_runner_recovers_the_rest_where_a_row_was_changed_by_hand(manager):
     assert states == ["error", "queued", "error"]
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "code"),
+    [
+        ("process SET error = '1'", "list", 5),
+        ("process SET error = '1'", "why PID", 5),
+        ("process SET due_at = 'x', status = 'queued'", "why PID", 5),
+        ("process SET step_index = -9", "why PID", 0),
+        ("process SET progress = '{}'", "status PID", 5),
+        ("process SET progress = '7'", "list", 5),
+        ("process SET due_at = 9e999, created_at = 'x'", "list", 0),
+        ("event SET detail = '{'", "listen --since 0", 5),
+        ("data SET data = '1'", "proceed PID", 2),
+        ("runner SET concurrency = '[]'", "doctor", 5),
+    ],
+)
+def test_what_shows_rows_changed_by_hand_answers_in_one_line(
+    manager, change, words, code
+):
+    pid = manager.start_process(steps("steps:nothing"))
+    manager.pause(pid)
+    manager.store.add_runner("ab" * 8, "boot", ["default"], None)
+    with manager.store.transaction() as db:
+        db.execute(f"UPDATE {change}")
+    result = cli("--db", manager.path, *words.replace("PID", pid).split())
+    assert result.code == code, result
+    assert result.err.count("\n") == (code > 0 and words != "doctor")
+
+
+def test_why_is_one_line_whatever_a_step_has_raised(manager):
+    pid = manager.start_process(steps("steps:nothing"))
+    [held] = store_claim(manager)
+    error = {"type": "E", "message": "no\nit is running\x1b[2J"}
+    outcome = procman.Outcome("error", error=error)
+    with manager.store.transaction() as db:
+        manager.store.record(db, [(held, outcome)])
+    result = cli("--db", manager.path, "why", pid)
+    assert result.out.endswith("no it is running\\x1b[2J\n")
+    assert result.out.count("\n") == 1
+
+
 def test_a_port_changed_by_hand_does_not_make_a_start_fail(manager):
     for port in ("x", -1, 0.5, 2**40):
         manager.store.add_runner("ab" * 8, "boot", ["default"], port)
