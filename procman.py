@@ -137,6 +137,7 @@ OUTPUT_TRIM_BYTES = 4 << 20  # ... as soon as a running step's file is longer
 WAL_BYTES = 4 << 20  # the write-ahead log is checkpointed when it is longer
 WORKER_COMMAND = "worker"  # by which the runner starts a worker
 GIVE_BACK = b'{"give_back":true}'  # what it says to have orders back
+TOKEN_LENGTH = 16  # hex digits that name a runner's files
 PID_LENGTH = 32  # hex digits of a pid ...
 PID_PREFIX_LENGTH = 6  # ... and of the shortest prefix that may stand for it
 
@@ -1855,6 +1856,9 @@ class LockFile:
         if not taken:
             os.close(fd)
             return False
+        if not os.fstat(fd).st_nlink:  # removed before we had it: no lock of that name
+            os.close(fd)
+            return self.acquire()
         self._fd = fd
         return True
 
@@ -5633,7 +5637,7 @@ class Runner:
         self._concurrency = check_concurrency(concurrency or {})
         self._served = (self._queues, pid, self._concurrency)
         self._keep = seconds(keep, "keep")
-        self._token = os.urandom(8).hex()
+        self._token = os.urandom(TOKEN_LENGTH // 2).hex()
         self._number = 0
         hello = {
             "limit": jobs_per_worker,
@@ -5716,7 +5720,8 @@ class Runner:
             return 0
         bell = None
         try:
-            life.acquire()
+            while not life.acquire():  # it has just been made: somebody sweeps
+                await asyncio.sleep(LOCK_SECONDS)
             bell, port = await self._hang_bell()
             queues, pid, _ = self._served
             self._number = self._store.add_runner(
@@ -5976,31 +5981,45 @@ class Runner:
         """Settle what runners left that are proved dead: their lock can be taken."""
         for number in self._store.unowned():
             self._store.recover(number, charged=True)
-        for row in self._store.runners():
-            if row["id"] == self._number:
+        left = {name[:TOKEN_LENGTH] for name in self._files()}
+        rows = {row["token"]: row for row in self._store.runners()}
+        # The files of one that is not registered: it died just before, or after it was.
+        for token in sorted((left | rows.keys()) - {self._token}):
+            row = rows.get(token)
+            if not row and not re.fullmatch(f"[0-9a-f]{{{TOKEN_LENGTH}}}", token):
                 continue
-            files = os.path.join(self._store.run_directory, row["token"])
-            life = LockFile(files + ".lock")
+            life = LockFile(os.path.join(self._store.run_directory, token + ".lock"))
             if not life.acquire():
                 continue
             try:
-                self._recover(row)
+                if row:
+                    self._recover(row)
+                self._remove_files(token)
                 life.release(remove=True)
             finally:
                 life.release()
 
     def _recover(self, row: Any) -> None:
-        """Settle what this dead runner left, and remove its files."""
+        """Settle what this dead runner left."""
         same_boot = row["boot"] == boot_id()
         for worker in self._store.workers(row["id"]) if same_boot else ():
             kill_stray(worker["os_pid"], worker["born"], worker["token"])
         pids = self._store.recover(row["id"], charged=same_boot)
-        for name in os.listdir(self._store.run_directory):
-            if name.startswith(row["token"] + "-"):
-                OutputFile(os.path.join(self._store.run_directory, name)).remove()
         if pids:
             names = " ".join(pids[:20])
             log().warning("runner %d died; recovered: %s", row["id"], names)
+
+    def _files(self) -> list[str]:
+        """The names of all runners' files."""
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed them all
+            return os.listdir(self._store.run_directory)
+        return []
+
+    def _remove_files(self, token: str) -> None:
+        """Those that the workers of a dead runner printed to."""
+        for name in self._files():
+            if name.startswith(token + "-"):
+                OutputFile(os.path.join(self._store.run_directory, name)).remove()
 
 
 # ===========================================================================

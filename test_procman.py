@@ -8521,6 +8521,46 @@ def test_a_start_killed_at_any_moment_is_queued_whole_or_not_at_all(live):
     assert is_whole(live)
 
 
+def test_a_runner_killed_before_or_after_it_was_registered_leaves_no_file(live):
+    code = (
+        "import os, sys; import procman\n"
+        "def die(*given, **named): os._exit(9)\n"
+        "setattr(procman.Store, sys.argv[1], die)\n"
+        "manager = procman.ProcessManager(sys.argv[2])\n"
+        "procman.Runner(manager).run()\n"
+    )
+    for moment in ("add_runner", "remove_runner"):
+        words = [sys.executable, "-c", code, moment, live.path]
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        assert subprocess.run(words, env=env, check=False).returncode == 9
+        if moment == "remove_runner":  # as if it had died just after that
+            [row] = live.store.runners()
+            live.store.remove_runner(row["id"])
+        assert len(os.listdir(live.store.run_directory)) == 1
+        assert drain(live) == 0
+        assert is_whole(live)
+
+
+def test_a_lock_whose_file_was_removed_before_it_was_taken_is_taken_anew(home):
+    path = str(home / "one.lock")
+    procman_lock, taken = procman.try_lock, []
+
+    def slow(fd):
+        if not taken:  # between our open and our lock
+            taken.append(fd)
+            if not WINDOWS:
+                os.unlink(path)
+        return procman_lock(fd)
+
+    first, second = procman.LockFile(path), procman.LockFile(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(procman, "try_lock", slow)
+        assert first.acquire()
+    assert os.path.exists(path)
+    assert not second.acquire()
+    first.release(remove=True)
+
+
 def test_a_number_used_again_by_another_program_is_not_killed(
     live, gates, bystander, monkeypatch
 ):
