@@ -5190,6 +5190,11 @@ class WorkerHandle:
         ran = now - self.head_since
         return now + min(POLL_SECONDS, max(STALL_SECONDS, ran / 2))
 
+    def began(self, held: Held) -> bool:
+        """Whether a step has begun: not if the last to begin was another."""
+        owner = self.output.read()[0]  # '' also where a full disk has kept it out
+        return owner in ("", f"{held.pid} {held.claim} {held.step_index}")
+
     def death(self, held: Held, code: int | None) -> Json:
         """The error of a step whose worker died under it."""
         step = held.definition.step_name(held.step_index)
@@ -5334,6 +5339,8 @@ class Pool:
         import asyncio
 
         assert worker.tree and worker.child and worker.child.stdin
+        if worker.ready and not worker.held:  # it is to be given no more
+            worker.leaving = worker.leaving or "retire"
         worker.child.stdin.close()
         if worker.leaving is None and not worker.garbled:  # let it say its exit code
             with contextlib.suppress(asyncio.TimeoutError):
@@ -5397,7 +5404,7 @@ class Pool:
         head = worker.head()
         if not worker.ready and worker.leaving is None:
             self._count_failure(worker, code)
-        elif worker.leaving is None and head is not None:
+        elif worker.leaving is None and head is not None and worker.began(head):
             worker.victim = (head.id, Outcome("error", error=worker.death(head, code)))
         if worker.victim is not None:
             number, outcome = worker.victim

@@ -8670,6 +8670,46 @@ def test_a_killed_worker_or_command_is_an_error_of_its_step_and_retries_apply(
     assert is_whole(live)
 
 
+@pytest.mark.skipif(WINDOWS, reason="no SIGSTOP on Windows")
+def test_a_step_that_was_not_begun_when_its_worker_was_killed_is_not_charged(live):
+    with running(live, "--max-workers", "1"):
+        live.wait(live.start_process(steps("steps:nothing")), 20)
+        [worker] = live.store.workers(live.store.runners()[0]["id"])
+        os.kill(worker["os_pid"], signal.SIGSTOP)
+        pid = live.start_process(steps("steps:nothing"))
+        eventually(lambda: live.get_process_status(pid) == "running")
+        os.kill(worker["os_pid"], signal.SIGKILL)
+        assert live.wait(pid, 20).attempt == 1
+        died = live.start_process(steps({"call": "os:abort"}))
+        with pytest.raises(procman.ProcessFailed):
+            live.wait(died, 20)
+
+
+def test_a_worker_that_was_killed_when_idle_is_given_no_more(live, monkeypatch):
+    runner = Runner(live, wait=True, max_workers=1)
+    thread = threading.Thread(target=runner.run)
+    alive, pids = procman.Tree.alive, []
+
+    def slow(tree):
+        if not pids:
+            pids.append(live.start_process(steps("steps:nothing")))
+            end.append(time.monotonic() + 0.3)
+        return time.monotonic() < end[0] or alive(tree)
+
+    end = []
+    monkeypatch.setattr(procman.Tree, "alive", slow)
+    thread.start()
+    try:
+        workers = eventually(lambda: runner._pool.workers)
+        eventually(lambda: workers[0].ready)
+        kill_at_once(workers[0].child.pid)
+        eventually(lambda: pids)
+        assert live.wait(pids[0], 20).attempt == 1
+    finally:
+        runner.stop()
+        thread.join()
+
+
 def test_a_runner_killed_at_random_moments_loses_and_repeats_nothing(live, gates):
     import random
 
