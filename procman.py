@@ -3380,14 +3380,14 @@ class Store(Records):
     ) -> str:
         """Queue a new process that does again what a final one did from a step on.
 
-        `step`: by default the one that failed, after success the first.  `data` is
-        merged over its recorded input.
+        `step`: by default the one that failed, after success the first that it ran.
+        `data` is merged over its recorded input.
         """
         row = self.find(pid)
         if row["status"] not in FINAL_STATES:
             raise WrongState(row["pid"], "retry", row["status"], FINAL_STATES)
         definition = self.definition(row["definition"])
-        index = self._retry_index(row, definition, step)
+        index = self._retry_index(db, row, definition, step)
         recorded = self._input(db, row["id"], index)
         if recorded is None and data is None:
             words = f"step {quoted(step)} of process {row['pid']} was not reached"
@@ -3432,7 +3432,9 @@ class Store(Records):
         return found
 
     @staticmethod
-    def _retry_index(row: Row, definition: Definition, step: str | None) -> int:
+    def _retry_index(
+        db: Connection, row: Row, definition: Definition, step: str | None
+    ) -> int:
         """Where to begin again."""
         names = [name for name, _ in definition.steps]
         if step is not None and step not in names:
@@ -3442,7 +3444,11 @@ class Store(Records):
         if step is not None:
             return names.index(step)
         index = _whole(row["step_index"])
-        return index if index < len(names) and row["status"] != FINISHED else 0
+        if index < len(names) and row["status"] != FINISHED:
+            return index
+        # The first that it has run: a retry itself may have begun later than at 0.
+        sql = "SELECT min(step_index) FROM data WHERE process = ? AND step_index < ?"
+        return _whole(db.execute(sql, (row["id"], len(names))).fetchone()[0])
 
     _COPIED = ("definition", "queue", "priority", "name", "dedicated")
 

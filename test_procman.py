@@ -3188,6 +3188,19 @@ def test_to_cancel_a_run_paused_before_it_began_ends_its_series_and_says_so(mana
     assert not manager.store.series_goes_on(pid)
 
 
+def test_what_began_at_a_later_step_is_retried_from_there_after_success(manager):
+    pid = manager.start_process(steps("m:f", "m:g"), {"n": 1})
+    [held] = store_claim(manager)
+    assert store_end(manager, held, "done", data='{"n": 2}') == "step"
+    assert store_end(manager, held._replace(step_index=1), "error") == "fail"
+    again = manager.retry(pid)
+    assert store_end(manager, *store_claim(manager), "done") == "finish"
+    last = manager.get_process_info(manager.retry(again))
+    assert last.steps == {"a": "finished", "b": "queued"}
+    [held] = store_claim(manager)
+    assert (held.pid, held.step_index, held.data) == (last.pid, 1, '{"n":2}')
+
+
 def test_a_series_can_be_ended_after_its_run_was_cancelled(manager):
     pid = manager.start_process(steps("m:f", interval=60))
     [held] = store_claim(manager)
