@@ -718,6 +718,11 @@ class ManagedProcess:
         return f"ManagedProcess({self.steps!r}{options})"
 
 
+def ordered(text: str) -> str:
+    """JSON text with the keys of all objects in order; 1 does not become 1.0."""
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
 class Definition:
     """What stays the same over the life of a process, parsed once.
 
@@ -767,19 +772,16 @@ class Definition:
         options.update((name, OPTIONS[name].default) for name in repeating)
         return self.text(to_json(dict(self.steps)), options, self.directory)
 
-    def likeness(self, *data: Any) -> bytes:
-        """The same bytes for processes that would do the same, in JSON's eyes.
-
-        Steps have an order, keys have none; 1 is not 1.0.
-        """
-        content = [self.steps, self.directory, *data]
-        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    def likeness(self) -> bytes:
+        """The same bytes where the same steps, in order, run in the same directory."""
+        return json.dumps([self.steps, self.directory], sort_keys=True).encode()
 
     def fingerprint(self, data: str) -> str:
         """What equal processes have in common where no key says so."""
         import hashlib
 
-        return "=" + hashlib.sha256(self.likeness(json.loads(data))).hexdigest()
+        content = self.likeness() + ordered(data).encode()
+        return "=" + hashlib.sha256(content).hexdigest()
 
     def option(self, name: str) -> Any:
         """The value of an option, or its default."""
@@ -3034,7 +3036,8 @@ class Store(Records):
         """
         import zlib
 
-        crc = zlib.crc32(Definition(new.definition).likeness())
+        likeness, data = Definition(new.definition).likeness(), ordered(new.data)
+        crc = zlib.crc32(likeness)
         rows = db.execute(
             """
             SELECT process.*, definition.text, data.data FROM definition
@@ -3047,10 +3050,11 @@ class Store(Records):
         )
         for row in rows:
             with contextlib.suppress(StorageError, *_BY_HAND):  # changed by hand
-                definition = self._parsed(row["definition"], row["text"])
-                if definition.fingerprint(row["data"]) == new.once_key:
-                    found: Row = row
-                    return found
+                if row["data"] == new.data or ordered(row["data"]) == data:
+                    definition = self._parsed(row["definition"], row["text"])
+                    if definition.likeness() == likeness:
+                        found: Row = row
+                        return found
         return None
 
     def _differs(self, row: Row, new: Submission) -> bool:
@@ -3535,8 +3539,9 @@ class Store(Records):
         """Runners that are not registered and hold something all the same."""
         rows = self.read(
             """
-            SELECT DISTINCT runner FROM process
-             WHERE status = 'running' AND runner NOT IN (SELECT id FROM runner)"""
+            SELECT DISTINCT coalesce(runner, 0) FROM process
+             WHERE status = 'running'
+               AND coalesce(runner, 0) NOT IN (SELECT id FROM runner)"""
         )
         return [row[0] for row in rows]
 
@@ -3548,7 +3553,9 @@ class Store(Records):
         """
         with self.transaction(wait=1) as db:
             rows = db.execute(
-                "SELECT * FROM process WHERE status = 'running' AND runner = ?",
+                """
+                SELECT * FROM process
+                 WHERE status = 'running' AND coalesce(runner, 0) = ?""",
                 (runner,),
             ).fetchall()
             for row in rows:
