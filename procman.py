@@ -6513,7 +6513,8 @@ def cmd_why(args: argparse.Namespace) -> int:
 
 def cmd_schedule(args: argparse.Namespace) -> int:
     """Print when a cron expression is due next."""
-    for at in _manager(args).preview(args.cron, args.tz, args.count):
+    tz = (_variable("tz") or "UTC") if args.tz is None else args.tz
+    for at in _manager(args).preview(args.cron, tz, args.count):
         print(timestamp(at))
     return DONE
 
@@ -6777,10 +6778,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
         [
             ("what", {"choices": ["preview"]}),
             ("cron", {"metavar": "CRON", "help": "five fields, or @daily"}),
-            (
-                "--tz",
-                {"metavar": "ZONE", "default": "UTC", "help": "of cron (default UTC)"},
-            ),
+            ("--tz", {"metavar": "ZONE", "help": "of cron (default UTC)"}),
             ("--count", {**_NUMBER, "default": 10, "help": "times (default 10)"}),
         ],
         'python procman.py schedule preview "0 3 * * mon-fri" --tz Europe/Berlin',

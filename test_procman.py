@@ -8373,6 +8373,21 @@ def test_a_wrong_variable_is_named_and_nothing_is_written(
     assert os.listdir(home) == ["steps.py"]
 
 
+@zoned
+def test_a_preview_has_the_zone_that_a_start_would_have(live, monkeypatch, capsys):
+    monkeypatch.setenv("PROCMAN_TZ", "Asia/Kolkata")
+    preview = ("schedule", "preview", "0 12 1 7 *", "--count", "1")
+    start = call_main(capsys, *ONE, "--cron", preview[2], "--db", live.path)
+    due = procman.timestamp(live.get_process_info(start.out.strip()).due_at)
+    assert due.endswith("0701063000")
+    assert call_main(capsys, *preview) == (0, due + "\n", "")
+    assert call_main(capsys, *preview, "--tz", "UTC").out.endswith("0701120000\n")
+    assert call_main(capsys, *preview, "--tz", "").code == 2
+    monkeypatch.setenv("PROCMAN_TZ", "No/where")
+    code, out, err = call_main(capsys, *preview)
+    assert (code, out) == (2, "") and "No/where" in err
+
+
 def test_what_a_step_starts_has_neither_its_pid_nor_its_key(live):
     start = [sys.executable, str(PROCMAN), *ONE, "--data", '{"n": 1}']
     pid = live.start_process(steps({"command": start}))
