@@ -1072,9 +1072,8 @@ def parse_at(value: Any, where: str = "at") -> float:
                 f" UTC, not {quoted(text)}"
             ) from None
         if when.tzinfo is None:
-            raise BadSpec(
-                f"{where} has no time zone: end {quoted(text)} with Z or +01:00"
-            )
+            form = text if len(text) > len("2022-02-09") else text + "T00:00"
+            raise BadSpec(f"{where} has no time zone: write {form}Z or {form}+01:00")
         moment = when.timestamp()
     else:
         raise BadType(f"{where} must be a time, not {type(value).__name__}")

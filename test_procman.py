@@ -989,7 +989,7 @@ def test_the_advice_for_a_moment_without_a_zone_is_one_that_is_taken():
         with pytest.raises(procman.BadSpec) as caught:
             procman.parse_at(given)
         advice = re.search("write (.*) or (.*)", str(caught.value))
-        for form in advice.groups() if advice else ():
+        for form in advice.groups():
             assert procman.parse_at(form) > 0
 
 
