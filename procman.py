@@ -1056,6 +1056,12 @@ def parse_at(value: Any, where: str = "at") -> float:
         moment = min(value, 1e300)
     elif isinstance(value, str):
         text = value.strip()
+        # As seconds these would lie in 1970 or after the year 7000.
+        if re.fullmatch("(19|2[0-9])([0-9]{6}|[0-9]{10})", text):
+            raise BadSpec(
+                f"{where} looks like a date of {len(text)} digits, {text}: write all"
+                f" 14, as in {text:0<14}"
+            )
         try:
             if re.fullmatch("[0-9]{14}", text):
                 when = datetime.datetime.strptime(text + "+0000", "%Y%m%d%H%M%S%z")

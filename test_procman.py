@@ -961,6 +961,8 @@ def test_a_moment_is_read_from_each_of_its_forms(given, expected):
         ("2022-02-09", "at "),
         ("20220229000000", "at must be epoch seconds, ISO 8601 with a zone or 14 dig"),
         ("20220209126000", "at must be epoch seconds"),
+        ("20220209", "at looks like a date of 8 digits, 20220209: write all 14, "),
+        ("202202091258", "at looks like a date of 12 digits, 202202091258: write "),
         ("2022-02-30T00:00:00Z", "at must be epoch seconds"),
         ("", "at must be epoch seconds"),
         ("-1", "at must be epoch seconds"),
@@ -975,7 +977,7 @@ def test_a_moment_is_read_from_each_of_its_forms(given, expected):
         (True, "at must be a time, not bool"),
         ([], "at must be a time, not list"),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_what_is_no_moment_is_refused(given, text):
     with pytest.raises(procman.BadSpec) as caught:
