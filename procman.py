@@ -4894,7 +4894,7 @@ class ProcessManager:
                 if not left:
                     break
                 raise WaitTimeout(
-                    f"after {timeout} s {len(left)} of {len(pids)} still open,"
+                    f"after {limit:g} s {len(left)} of {len(pids)} still open,"
                     f" first {left[0]}: {self.get_process_status(left[0])}"
                 )
             yield poll_delay(waited)

@@ -284,6 +284,12 @@ def test_errors_say_what_which_and_what_now(manager):
             f"after 0.001 s 1 of 2 still open, .*{queued}",
         ),
         (
+            lambda: manager.wait(queued, "0.001s"),
+            procman.WaitTimeout,
+            124,
+            f"after 0.001 s 1 of 1 still open, .*{queued}",
+        ),
+        (
             lambda: manager.proceed(asked, ["no", "object"]),
             procman.BadType,
             2,
