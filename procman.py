@@ -6561,12 +6561,19 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return STORAGE if trouble else DONE
 
 
+_UNRECOGNIZED = {  # what the words that are too many suggest
+    "start": ", and -- before a command",
+    "schedule": ", and put the five fields in quotes",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, as everywhere."""
 
     def error(self, message: str) -> Any:
         """Usage error."""
-        hint = ", and -- before a command" if "unrecognized" in message else ""
+        many = "unrecognized" in message
+        hint = _UNRECOGNIZED.get(self.prog.split()[-1], "") if many else ""
         _say(f"{message}; see {self.prog} --help{hint}")
         sys.exit(USAGE)
 
@@ -6781,7 +6788,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[Any], str]] 
     "schedule": (
         cmd_schedule,
         [
-            ("what", {"choices": ["preview"]}),
+            ("what", {"choices": ["preview"], "metavar": "preview"}),
             ("cron", {"metavar": "CRON", "help": "five fields, or @daily"}),
             ("--tz", {"metavar": "ZONE", "help": "of cron (default UTC)"}),
             ("--count", {**_NUMBER, "default": 10, "help": "times (default 10)"}),

@@ -8017,7 +8017,7 @@ def test_pause_and_retry_print_the_pid_of_what_they_have_done(live, capsys):
     ]:
         found = call("retry", *words)
         assert (found.code, found.out, found.err.count("\n")) == (code, "", 1), words
-        assert named in found.err
+        assert named in found.err and "-- before" not in found.err
     assert live.count() == 5
 
 
@@ -8097,7 +8097,7 @@ WRONG_WORDS = [  # of the commands in this group; what their one line names
     (("listen", "--since", "1.5"), "--since"),
     (("listen", "--status", "done"), "status must be one of"),
     (("listen", "--json"), "--json"),
-    (("schedule",), "what"),
+    (("schedule",), "preview, CRON"),
     (("schedule", "preview"), "CRON"),
     (("schedule", "review", "@daily"), "review"),
     (("schedule", "preview", "@soon"), "@soon"),
@@ -8301,6 +8301,10 @@ def test_why_and_a_preview_of_a_schedule_are_lines_of_text(live, capsys):
     assert (code, err) == (0, "") and not Path("never.db").exists()
     assert [line[4:] for line in out.splitlines()] == ["0229043000"] * 2
     assert len(call_main(capsys, *preview).out.splitlines()) == 10
+    words = ("schedule", "preview", "0", "3", "*", "*", "*")
+    code, out, err = call_main(capsys, *words)
+    assert (code, out) == (2, "") and "the five fields in quotes" in err
+    assert "required: preview, CRON;" in call_main(capsys, "schedule").err
     words = (
         "schedule",
         "preview",
