@@ -2787,7 +2787,8 @@ class Records(Database):
         if status == RUNNING and row["cancel_requested"]:
             return "it is being cancelled: its runner ends what it has started"
         if status == RUNNING:
-            return f"it is running: step {step}, attempt {row['attempt']}"
+            pausing = ", and asked to pause" if row["pause_requested"] else ""
+            return f"it is running: step {step}, attempt {row['attempt']}{pausing}"
         if status == WAITING:
             sql = """
                 SELECT count(*) FROM process

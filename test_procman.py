@@ -5663,6 +5663,9 @@ def test_a_process_paused_in_a_step_stops_before_the_next_and_proceeds(manager, 
         until_held(more)
         assert manager.pause(pid[:8]) == manager.pause(pid) == pid
         assert manager.get_process_status(pid) == "running"
+        assert manager.why(pid) == (
+            "it is running: step 'a', attempt 1, and asked to pause"
+        )
         (more / "go").write_text("go")
         info = manager.wait(pid, 20)
         assert (info.status, info.step, info.error) == ("interrupted", "b", None)
