@@ -6106,7 +6106,8 @@ def _read_argument(text: str, where: str) -> bytes:
             with open(text[1:], "rb") as file:
                 return file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise BadSpec(f"cannot read {where} from {text}: {error.strerror}") from None
+        source = "standard input" if text == "-" else text[1:]
+        raise BadSpec(f"cannot read {where} from {source}: {error.strerror}") from None
     return text.encode("utf-8", "surrogateescape")
 
 
