@@ -5660,6 +5660,8 @@ class Runner:
         self._store = manager.store
         self._wait, self._max_jobs = wait, max_jobs
         self._queues = sorted({check_queue(queue) for queue in queues})
+        if not self._queues:
+            raise BadSpec("queues must name one at least")
         self._concurrency = check_concurrency(concurrency or {})
         self._served = (self._queues, pid, self._concurrency)
         self._keep = seconds(keep, "keep")

@@ -6671,6 +6671,8 @@ def test_a_runner_serves_its_queues_only(manager):
     assert statuses(manager, pids) == ["finished", *["queued"] * 3]
     assert drain(manager, queues=["films", "mail"]) == 3
     assert statuses(manager, pids) == ["finished"] * 4
+    with pytest.raises(procman.BadSpec, match="queues must name one at least"):
+        procman.Runner(manager, queues=[])
 
 
 def test_as_many_run_at_once_as_there_are_workers_and_no_more(manager, more):
