@@ -1029,8 +1029,8 @@ def check_pid(pid: Any) -> str:
         raise BadType(f"a pid must be a text, not {type(pid).__name__}")
     if not re.fullmatch(f"[0-9a-f]{{{PID_PREFIX_LENGTH},{PID_LENGTH}}}", pid):
         raise NotFound(
-            f"no process {shorten(pid, 40)!r}: a pid is {PID_LENGTH} hex digits,"
-            f" or {PID_PREFIX_LENGTH} and more of its first"
+            f"no process {shorten(pid, 40)!r}: a pid is {PID_LENGTH} lowercase hex"
+            f" digits, or {PID_PREFIX_LENGTH} and more of its first"
         )
     return pid
 

@@ -263,7 +263,7 @@ def test_errors_say_what_which_and_what_now(manager):
             lambda: manager.cancel("../../etc"),
             procman.NotFound,
             3,
-            "no process '../../etc': a pid is 32 hex digits, or 6 ",
+            "no process '../../etc': a pid is 32 lowercase hex digits, or 6 ",
         ),
         (
             lambda: manager.wait(failed),
@@ -894,7 +894,7 @@ def test_a_process_without_steps_has_no_schedule(manager, schedule):
         ({"series": 5}, TypeError, "series must be a text, not int"),
         ({"series": "0" * 32}, LookupError, "no process 000000"),
         ({"parent": "0" * 32}, LookupError, "no process 000000"),
-        ({"parent": "x"}, LookupError, "no process 'x': a pid is 32 hex digits"),
+        ({"parent": "x"}, LookupError, "no process 'x': a pid is 32 lowercase hex"),
     ],
     ids=range(14),
 )
@@ -2570,7 +2570,7 @@ def test_a_pid_may_be_cut_to_a_unique_prefix(manager, capsys):
         assert manager.cancel(prefix) == name
     for wrong, text in [
         ("abcdef", "abcdef is the beginning of several pids: write more of it"),
-        ("fedcb", "no process 'fedcb': a pid is 32 hex digits"),
+        ("fedcb", "no process 'fedcb': a pid is 32 lowercase hex digits"),
         ("fedcbb", "no process fedcbb in "),
         ("FEDCBA", "no process 'FEDCBA'"),
         ("fedcb_", "no process 'fedcb_'"),
