@@ -5769,7 +5769,7 @@ def test_what_is_paused_while_it_is_queued_waits_at_once_whenever_it_is_due(
 ):
     now, later = manager.start_many(
         [(steps("steps:double", "steps:add_one", **when), {"n": 1})
-         for when in ({}, {"delay": 60})]
+         for when in ({}, {"delay": 3600})]
     )  # fmt: skip
     for pid in (now, later):
         assert manager.pause(pid) == pid
