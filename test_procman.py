@@ -6891,19 +6891,24 @@ def test_a_runner_can_be_awaited_and_leaves_signals_alone(manager, more):
         [steps("steps:nothing"), (steps("more:hold"), data)]
     )
     numbers = procman.stop_signals()
-    seen = []
+    seen, deadline = [], time.monotonic() + 60
+
+    def has_held(times):
+        assert time.monotonic() < deadline
+        return read_ledger(more / "ledger").count("hold") >= times
 
     async def application():
         before = [signal.getsignal(number) for number in numbers]
         runner = Runner(manager, wait=True, max_workers=2, grace=2)
         task = asyncio.ensure_future(runner.run_async())
-        while not (more / "ledger").exists() or manager.count(status="finished") < 1:
+        # The file alone is not enough: the step may be ended before it writes to it.
+        while not (has_held(1) and manager.count(status="finished")):
             seen.append([signal.getsignal(number) for number in numbers] == before)
             await asyncio.sleep(0.005)
         runner.stop()
         assert await asyncio.wait_for(task, 20) == 1
         task = asyncio.ensure_future(Runner(manager, grace=2).run_async())
-        while (more / "ledger").read_text().count("hold") < 2:
+        while not has_held(2):
             await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
