@@ -2575,6 +2575,8 @@ class Records(Database):
         """Turn what comes of rows that make no sense into a StorageError's one line."""
         try:
             yield
+        except (NotFound, StorageError):
+            raise
         except (*_BY_HAND, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"the database {self.path} has been changed by hand: {error}"
