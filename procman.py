@@ -2018,7 +2018,7 @@ class OutputFile:
 APPLICATION_ID = 0x70726D6E  # "prmn", in the header of the file
 SCHEMA_VERSION = 2
 _INDEXES = (
-    # The name stands in it for those that are passed over: see `Records._full`.
+    # The name stands in it for those that are passed over: see `Records.full`.
     """
     CREATE INDEX process_due
         ON process (dedicated, priority, queue, due_at, id, name)
@@ -2821,7 +2821,7 @@ class Records(Database):
             for state in serving
             for name in state["concurrency"]
         }
-        full = self._full(limits)
+        full = self.full(limits)
         if row["name"] in full:
             words = f"as many named {quoted(row['name'])} run as may at once"
             return f"{words}, {limits[row['name']]}"
@@ -2853,7 +2853,7 @@ class Records(Database):
         if demand.pid is not None:
             sql = "SELECT 0.0 FROM process WHERE pid = ? AND status = 'queued'"
             return next((row[0] for row in self.read(sql, (demand.pid,))), None)
-        clause, names = self._not(self._full(demand.concurrency))
+        clause, names = self._not(self.full(demand.concurrency))
         firsts = [
             row[0]
             for dedicated, room in demand.kinds()
@@ -2898,7 +2898,7 @@ class Records(Database):
         running = dict(map(tuple, rows))
         return {name: most - running.get(name, 0) for name, most in concurrency.items()}
 
-    def _full(self, concurrency: Mapping[str, int]) -> list[str]:
+    def full(self, concurrency: Mapping[str, int]) -> list[str]:
         """The names of which as many run as may."""
         return [name for name, left in self._left(concurrency).items() if left <= 0]
 
@@ -3407,7 +3407,7 @@ class Store(Records):
         merged = {**(recorded or {}), **(data or {})}
         key = row["once_key"]
         # A series keeps its key for its own runs; equal is what does the same.
-        same = index == 0 and merged == recorded
+        same = index == 0 and to_json(merged) == to_json(recorded or {})
         if definition.repeats() or not (same or str(key).startswith(KEY)):
             key = None
         other = None if key is None else self._with_key(db, key)
@@ -5866,7 +5866,7 @@ class Runner:
             if due is not None:
                 due_at = now + due - self._store.now()
                 moments.append(max(due_at, pool.spawn_after, self._claim_after))
-            if self._concurrency:  # whose limit another runner may have made room in
+            if self._store.full(self._concurrency):  # till another runner makes room
                 moments.append(now + STALL_SECONDS)
         return min(moments) - now
 

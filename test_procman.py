@@ -5964,7 +5964,7 @@ def test_a_run_of_a_keyed_series_is_retried_beside_it(manager):
 @pytest.mark.parametrize(
     ("how", "same"),
     [({}, True), ({"data": {"n": 0}}, True), ({"data": {"n": 1}}, False)]
-    + [({"step": "b", "data": {"n": 0}}, False)],
+    + [({"data": {"n": 0.0}}, False), ({"step": "b", "data": {"n": 0}}, False)],
 )
 def test_a_retry_is_equal_only_to_what_does_the_same(manager, how, same):
     process = steps("steps:fail", "steps:nothing", once=True)
