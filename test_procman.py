@@ -8618,6 +8618,7 @@ def test_a_number_used_again_by_another_program_is_not_killed(
     pid = live.start_process(steps("more:gate"), gate)
     with running(live) as runner:
         eventually(lambda: read_ledger(gates / "ledger"))
+        eventually(lambda: live.store.read("SELECT * FROM worker"))
         runner.kill()
         runner.wait()
     with contextlib.closing(sqlite3.connect(live.path)) as database, database:
