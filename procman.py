@@ -3594,12 +3594,14 @@ class Store(Records):
 
     # --- upkeep ------------------------------------------------------------
 
-    def prune(self, older_than: float, *, wait: float = BUSY_SECONDS) -> int:
-        """Delete processes that ended more than so many seconds ago; return how many.
+    def pruning(
+        self, older_than: float, *, wait: float = BUSY_SECONDS
+    ) -> Iterator[int]:
+        """Delete processes that ended more than so many seconds ago.
 
-        In small transactions, so that nobody waits for it.
+        A few hundred in a transaction, so that nobody waits for it; yields how many.
         """
-        pruned, last_id, limit = 0, 0, self.now() - older_than
+        last_id, limit = 0, self.now() - older_than
         while True:
             rows = self.read(
                 """
@@ -3608,7 +3610,7 @@ class Store(Records):
                 (last_id, limit),
             )
             if not rows:
-                return pruned
+                return
             last_id = rows[-1]["id"]
             old = [
                 row
@@ -3618,7 +3620,7 @@ class Store(Records):
             if old:
                 with self.transaction(wait=wait) as db:
                     self._delete(db, old)
-                pruned += len(old)
+            yield len(old)
 
     def _delete(self, db: Connection, rows: list[Row]) -> None:
         for table, column in (
@@ -4996,7 +4998,7 @@ class ProcessManager:
 
     def prune(self, older_than: float | str = KEEP_SECONDS) -> int:
         """Delete processes that ended longer ago than that; return how many."""
-        return self.store.prune(seconds(older_than, "older_than"))
+        return sum(self.store.pruning(seconds(older_than, "older_than")))
 
     @contextlib.contextmanager
     def _verb(self) -> Iterator[Connection]:
@@ -5683,6 +5685,7 @@ class Runner:
         self._pool.grace = seconds(grace, "grace")
         self._claimed = self._done = 0
         self._upkeep_after = self._prune_after = 0.0
+        self._pruning: Iterator[int] | None = None  # while there is more to do
         self._due: float | None = None  # what the store said ...
         self._due_state: Any = None  # ... in this state of it
         self._claim_after = 0.0  # monotonic: after a claim that found nothing to take
@@ -5790,6 +5793,7 @@ class Runner:
             if self._wait:
                 self._pool.fill()
             self._keep_up()
+            self._prune_some()
             if not self._commit():
                 busy = time.monotonic() - (self._busy_since or 0.0)
                 await asyncio.sleep(min(0.1, 0.001 + busy / 10) * (1 + jitter()))
@@ -5858,6 +5862,8 @@ class Runner:
 
     def _pause_seconds(self) -> float:
         now, pool = time.monotonic(), self._pool
+        if self._pruning:
+            return 0.0
         moments = [now + POLL_SECONDS, *pool.moments()]
         if pool.results:  # with whose commit more is claimed
             moments.append(pool.ripe_at())
@@ -5988,9 +5994,17 @@ class Runner:
             self._recover_dead()
             if self._wait and now >= self._prune_after:
                 self._prune_after = now + PRUNE_SECONDS
-                self._store.prune(self._keep, wait=1)
+                self._pruning = self._store.pruning(self._keep, wait=LOCK_SECONDS)
         except Busy as error:
             self._note_busy(error)
+
+    def _prune_some(self) -> None:
+        """Delete the next few of those that ended long ago, between other work."""
+        try:
+            if self._pruning and next(self._pruning, None) is None:
+                self._pruning = None
+        except Busy:  # from the start again, when there is more time
+            self._pruning, self._prune_after = None, time.monotonic() + POLL_SECONDS
 
     def _keep_account(self) -> None:
         """Note which children there are, for the case that we die before them."""

@@ -7028,6 +7028,19 @@ def test_a_step_whose_file_is_dated_in_the_future_does_not_cost_a_worker_each(
     assert len({line.split()[1] for line in ledger.read_text().splitlines()}) == 1
 
 
+def test_a_runner_that_prunes_much_runs_what_is_due_meanwhile(live):
+    old = ProcessManager(live.path, now=lambda: time.time() - 40 * 86400)
+    with contextlib.closing(old):
+        for _ in range(4):
+            old.start_many([ManagedProcess({})] * 10_000)
+    pid = live.start_process(steps("steps:nothing"))
+    with running(live, "--keep", "30d"):
+        eventually(lambda: live.get_process_status(pid) != "queued")
+        assert live.count(status="finished") > 1000, "it has not pruned first"
+        eventually(lambda: live.count(status="final") == 1)
+    assert live.get_process_status(pid) == "finished"
+
+
 # --- how many workers ------------------------------------------------------
 
 
