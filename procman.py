@@ -2083,8 +2083,8 @@ SCHEMA: tuple[str, ...] = (
       WHEN OLD.finished_at IS NOT NULL
      BEGIN SELECT RAISE(ABORT, 'a final process never changes'); END""",
     """
-    CREATE TABLE data (             -- the input of each step, as JSON text;
-        process    INTEGER NOT NULL, -- the one past the last step is the output
+    CREATE TABLE data (             -- the input of each step, as JSON text; the one
+        process    INTEGER NOT NULL, -- past the last is the output; -1: see `proceed`
         step_index INTEGER NOT NULL,
         data       TEXT NOT NULL,
         PRIMARY KEY (process, step_index)
@@ -3363,6 +3363,12 @@ class Store(Records):
             raise WrongState(row["pid"], "proceed", row["status"], sources)
         key = (row["id"], row["step_index"])
         merged = {**(self._input(db, *key) or {}), **data}
+        if row["series"] is not None and row["step_index"] == 0:
+            # What is said to this run is not said to the next.
+            sql = """
+                INSERT OR IGNORE INTO data
+                SELECT process, -1, data FROM data WHERE process = ? AND step_index = ?"""
+            db.execute(sql, key)
         sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
         db.execute(sql, (to_json(merged), *key))
         if row["step_index"] == len(self.definition(row["definition"]).steps):
@@ -3459,8 +3465,10 @@ class Store(Records):
         if index < len(names) and row["status"] != FINISHED:
             return index
         # The first that it has run: a retry itself may have begun later than at 0.
-        sql = "SELECT min(step_index) FROM data WHERE process = ? AND step_index < ?"
-        return _whole(db.execute(sql, (row["id"], len(names))).fetchone()[0])
+        sql = """
+            SELECT min(step_index) FROM data
+             WHERE process = ? AND step_index BETWEEN 0 AND ?"""
+        return _whole(db.execute(sql, (row["id"], len(names) - 1)).fetchone()[0])
 
     _COPIED = ("definition", "queue", "priority", "name", "dedicated")
 
@@ -3762,7 +3770,8 @@ class Store(Records):
     def _add_successor(self, db: Connection, row: Row) -> None:
         try:
             definition = self.definition(row["definition"])
-            data = self._input(db, row["id"], 0)
+            given = self._input(db, row["id"], -1)
+            data = self._input(db, row["id"], 0) if given is None else given
         except (StorageError, BadSpec):  # changed by hand, as the run itself says
             return
         if data is None or not definition.repeats():

@@ -5908,6 +5908,22 @@ def test_a_retried_run_joins_its_series_but_does_not_carry_it_on(manager, clock)
     assert drain(manager) == 1 and manager.count() == 5  # the series itself goes on
 
 
+def test_what_is_said_to_a_paused_run_is_not_said_to_the_next(manager, clock):
+    first = manager.start_process(steps("steps:nothing", interval="1d"), {"n": 1})
+    for data in ({"n": 2}, {"m": 3}):
+        manager.pause(first)
+        manager.proceed(first, data)
+    drain(manager)
+    assert manager.get_process_info(first).output == {"n": 2, "m": 3}
+    clock.advance(86400)
+    drain(manager)
+    [_, second, _] = manager.list_processes(series=first)
+    assert second.output == {"n": 1}
+    again = manager.retry(first)
+    drain(manager)
+    assert manager.get_process_info(again).output == {"n": 2, "m": 3}
+
+
 def test_a_series_is_found_by_a_part_of_its_pid_after_its_first_run_was_pruned(
     manager, clock
 ):
