@@ -3366,8 +3366,8 @@ class Store(Records):
         if row["series"] is not None and row["step_index"] == 0:
             # What is said to this run is not said to the next.
             sql = """
-                INSERT OR IGNORE INTO data
-                SELECT process, -1, data FROM data WHERE process = ? AND step_index = ?"""
+                INSERT OR IGNORE INTO data SELECT process, -1, data FROM data
+                 WHERE process = ? AND step_index = ?"""
             db.execute(sql, key)
         sql = "UPDATE data SET data = ? WHERE process = ? AND step_index = ?"
         db.execute(sql, (to_json(merged), *key))
