@@ -605,6 +605,7 @@ def repeating(options: Mapping[str, Any]) -> bool:
 
 def check_defaults(options: Mapping[str, Any]) -> Json:
     """The same, of options for many processes."""
+    expect(options, "defaults", Mapping, "a dict of options")
     for name in OF_ONE_PROCESS:
         if options.get(name) is not None:
             raise BadSpec(f"{name} names one process: it cannot be a default")
@@ -4984,6 +4985,8 @@ class ProcessManager:
         since: int | None = None,
     ) -> None:
         """Call back with each of `events`, until it returns True."""
+        if not callable(callback):
+            raise BadType(f"callback must be a function, not {quoted(callback)}")
         for event in self.events(pid, status=status, since=since):
             if callback(event) is True:
                 return
@@ -5666,6 +5669,7 @@ class Runner:
         keep: float | str = KEEP_SECONDS,
         pid: str | None = None,
     ):
+        expect(manager, "manager", ProcessManager, "a ProcessManager")
         self._check(queues, script_args, max_jobs, jobs_per_worker)
         if services is not None:
             check_reference(services, "services")

@@ -7114,6 +7114,17 @@ def test_a_worker_that_is_killed_while_idle_is_replaced(live):
         assert live.wait(live.start_process(steps("steps:nothing")), 30)
 
 
+def test_what_is_of_the_wrong_kind_is_named(manager):
+    for call, words in [
+        (lambda: Runner("procman.db"), "manager must be a ProcessManager, not str"),
+        (lambda: ProcessManager("x.db", defaults=5), "defaults must be a dict of"),
+        (lambda: manager.listen(5), "callback must be a function, not 5"),
+        (lambda: manager.wait_all("abcdef"), "pids must be a list of texts"),
+    ]:
+        with pytest.raises(procman.BadType, match=words):
+            call()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
