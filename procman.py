@@ -5669,7 +5669,9 @@ class Runner:
         keep: float | str = KEEP_SECONDS,
         pid: str | None = None,
     ):
-        expect(manager, "manager", ProcessManager, "a ProcessManager")
+        if not isinstance(getattr(manager, "store", None), Store):
+            kind = type(manager).__name__
+            raise BadType(f"manager must be a ProcessManager, not {kind}")
         self._check(queues, script_args, max_jobs, jobs_per_worker)
         if services is not None:
             check_reference(services, "services")
