@@ -1089,121 +1089,6 @@ def parse_at(value: Any, where: str = "at") -> float:
     return float(moment)
 
 
-def parse_since(value: Any, now: float) -> float:
-    """Epoch seconds, from what `parse_at` reads or a text like `5m`: so long ago."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9.]+[smhdw]\s*", value):
-        return now - seconds(value, "since")
-    return parse_at(value, "since")
-
-
-def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | None]:
-    """From when on a new process may be claimed, and what that was counted from.
-
-    None: from nothing, it is a moment of the calendar, and stays one whatever becomes
-    of the clock.
-    """
-    at, cron = options["at"], options["cron"]
-    due = now + (options["delay"] or 0) if at is None else parse_at(at)
-    if cron is not None:  # what is due now and then is not due twice
-        waits = at is not None or options["delay"] is not None
-        start = max(now, due) - 0.001 if waits else due
-        due = next_cron(cron, start, options["tz"])
-    return due, now if at is None else None
-
-
-def _cron_start(reached: float, now: float) -> float:
-    """From when on to look for the next time, where a clock had `reached` a moment.
-
-    What is set back by less than three hours makes no second run, as in Vixie's cron.
-    """
-    return reached if now < reached <= now + 3 * 3600 else now
-
-
-def successor_due(
-    option: Callable[[str], Any], now: float, started: float
-) -> float:
-    """When the run after one that has just ended is due: once, whatever was missed.
-
-    `option` gives the options, `started` is when the run that ended was claimed.
-    """
-    if option("cron") is not None:
-        after = _cron_start(started, now)
-        return next_cron(option("cron"), after, option("tz"))
-    interval: float = max(0.0, option("interval"))
-    from_start = option("interval_from") == "start"
-    then = started + interval if from_start else now + interval
-    then = max(now, then, started + MIN_INTERVAL_SECONDS)
-    return min(then, now + max(interval, MIN_INTERVAL_SECONDS))  # a clock set back
-
-
-def counted_anew(
-    option: Callable[[str], Any], row: Mapping[str, Any], now: float
-) -> float:
-    """When what is queued is due by a clock that has been set back to `now`."""
-    if option("cron") is not None and row["started_at"] is None:
-        after = _cron_start(row["due_from"], now)
-        return next_cron(option("cron"), after, option("tz"))
-    return now + max(0.0, float(row["due_at"] - row["due_from"]))
-
-
-def retry_delay(attempt: int, interval: float, backoff: float, chance: float) -> float:
-    """Seconds from the failure of `attempt` to the next; growth ends at a day.
-
-    What grows gets up to a tenth more by `chance`, from 0 to 1, so that what failed
-    together does not come again together.
-    """
-    if backoff == 1:
-        return interval
-    try:
-        # As a float it ends in an OverflowError, as an int in no time that ends.
-        grown = interval * float(backoff) ** (attempt - 1) * (1 + 0.1 * chance)
-    except OverflowError:
-        grown = _MAX_GROWN if interval else 0.0
-    return max(interval, min(_MAX_GROWN, grown))
-
-
-def event_after(ending: str, *, last: bool, retry_left: int) -> str:
-    """What a step's ending causes: an event, or `step` where the process goes on."""
-    if ending == "done":
-        return "finish" if last else "step"
-    if ending in ("error", "timeout") and retry_left:
-        return "retry"
-    return {
-        "interrupt": "interrupt",
-        "error": "fail",
-        "timeout": "time_out",
-        "cancelled": "cancel",
-        "stopped": "give_back",
-    }[ending]
-
-
-def in_words(length: float) -> str:
-    """A length for people: `42 s`, `5 min`, `3.5 h`, `2.1 days`."""
-    for size, word in ((86400, "days"), (3600, "h")):
-        if length >= 2 * size:
-            return f"{length / size:.1f} {word}"
-    return f"{length / 60:.0f} min" if length >= 120 else f"{length:.0f} s"
-
-
-def poll_delay(waited: float) -> float:
-    """Seconds before who has waited so long looks again: a sixteenth of that.
-
-    So looking makes no wait much longer, nor costs much: 0.1 ms at first, 50 ms in
-    the end.
-    """
-    return min(0.05, max(0.0001, waited / 16))
-
-
-def lock_delay(tries: int, chance: float) -> float:
-    """Seconds before the next try for a lock; `chance` from 0 to 1.
-
-    SQLite's own busy handler sleeps ever longer and starves beside a busy writer: short
-    sleeps of uneven length do not.  They grow from 0.2 to 8 ms, or fifty who wait would
-    take the time of the one who writes.
-    """
-    return min(0.008, 0.0002 * 1.5 ** min(tries, 12)) * (0.5 + chance)
-
-
 # What matches, ascending, Sunday is 0; `meet` is what day-of-month and day-of-week
 # must do together: all or any.
 _Cron = namedtuple("_Cron", "minutes hours days months weekdays meet")
@@ -1356,6 +1241,121 @@ def next_cron(expression: str, after: float, tz: str | None = None) -> float:
         if local >= start and (at := _instant(local, zone)) > after:
             return at
     raise BadSpec(f"cron: {quoted(expression)} is never due")
+
+
+def parse_since(value: Any, now: float) -> float:
+    """Epoch seconds, from what `parse_at` reads or a text like `5m`: so long ago."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9.]+[smhdw]\s*", value):
+        return now - seconds(value, "since")
+    return parse_at(value, "since")
+
+
+def first_due(options: Mapping[str, Any], now: float) -> tuple[float, float | None]:
+    """From when on a new process may be claimed, and what that was counted from.
+
+    None: from nothing, it is a moment of the calendar, and stays one whatever becomes
+    of the clock.
+    """
+    at, cron = options["at"], options["cron"]
+    due = now + (options["delay"] or 0) if at is None else parse_at(at)
+    if cron is not None:  # what is due now and then is not due twice
+        waits = at is not None or options["delay"] is not None
+        start = max(now, due) - 0.001 if waits else due
+        due = next_cron(cron, start, options["tz"])
+    return due, now if at is None else None
+
+
+def _cron_start(reached: float, now: float) -> float:
+    """From when on to look for the next time, where a clock had `reached` a moment.
+
+    What is set back by less than three hours makes no second run, as in Vixie's cron.
+    """
+    return reached if now < reached <= now + 3 * 3600 else now
+
+
+def successor_due(
+    option: Callable[[str], Any], now: float, started: float
+) -> float:
+    """When the run after one that has just ended is due: once, whatever was missed.
+
+    `option` gives the options, `started` is when the run that ended was claimed.
+    """
+    if option("cron") is not None:
+        after = _cron_start(started, now)
+        return next_cron(option("cron"), after, option("tz"))
+    interval: float = max(0.0, option("interval"))
+    from_start = option("interval_from") == "start"
+    then = started + interval if from_start else now + interval
+    then = max(now, then, started + MIN_INTERVAL_SECONDS)
+    return min(then, now + max(interval, MIN_INTERVAL_SECONDS))  # a clock set back
+
+
+def counted_anew(
+    option: Callable[[str], Any], row: Mapping[str, Any], now: float
+) -> float:
+    """When what is queued is due by a clock that has been set back to `now`."""
+    if option("cron") is not None and row["started_at"] is None:
+        after = _cron_start(row["due_from"], now)
+        return next_cron(option("cron"), after, option("tz"))
+    return now + max(0.0, float(row["due_at"] - row["due_from"]))
+
+
+def retry_delay(attempt: int, interval: float, backoff: float, chance: float) -> float:
+    """Seconds from the failure of `attempt` to the next; growth ends at a day.
+
+    What grows gets up to a tenth more by `chance`, from 0 to 1, so that what failed
+    together does not come again together.
+    """
+    if backoff == 1:
+        return interval
+    try:
+        # As a float it ends in an OverflowError, as an int in no time that ends.
+        grown = interval * float(backoff) ** (attempt - 1) * (1 + 0.1 * chance)
+    except OverflowError:
+        grown = _MAX_GROWN if interval else 0.0
+    return max(interval, min(_MAX_GROWN, grown))
+
+
+def event_after(ending: str, *, last: bool, retry_left: int) -> str:
+    """What a step's ending causes: an event, or `step` where the process goes on."""
+    if ending == "done":
+        return "finish" if last else "step"
+    if ending in ("error", "timeout") and retry_left:
+        return "retry"
+    return {
+        "interrupt": "interrupt",
+        "error": "fail",
+        "timeout": "time_out",
+        "cancelled": "cancel",
+        "stopped": "give_back",
+    }[ending]
+
+
+def in_words(length: float) -> str:
+    """A length for people: `42 s`, `5 min`, `3.5 h`, `2.1 days`."""
+    for size, word in ((86400, "days"), (3600, "h")):
+        if length >= 2 * size:
+            return f"{length / size:.1f} {word}"
+    return f"{length / 60:.0f} min" if length >= 120 else f"{length:.0f} s"
+
+
+def poll_delay(waited: float) -> float:
+    """Seconds before who has waited so long looks again: a sixteenth of that.
+
+    So looking makes no wait much longer, nor costs much: 0.1 ms at first, 50 ms in
+    the end.
+    """
+    return min(0.05, max(0.0001, waited / 16))
+
+
+def lock_delay(tries: int, chance: float) -> float:
+    """Seconds before the next try for a lock; `chance` from 0 to 1.
+
+    SQLite's own busy handler sleeps ever longer and starves beside a busy writer: short
+    sleeps of uneven length do not.  They grow from 0.2 to 8 ms, or fifty who wait would
+    take the time of the one who writes.
+    """
+    return min(0.008, 0.0002 * 1.5 ** min(tries, 12)) * (0.5 + chance)
 
 
 # ===========================================================================
@@ -6088,16 +6088,6 @@ class Runner:
 # Nothing uses this room.  Standard output carries data only.
 
 
-def show(infos: Iterable[ProcessInfo], as_json: bool) -> None:
-    """A table on a terminal, elsewhere one JSON object a line."""
-    if as_json or not sys.stdout.isatty():
-        for info in infos:
-            print(json.dumps(info.to_json()))
-        return
-    for line in _table(infos):
-        print(line)
-
-
 def _done_part(progress: Json | None) -> str:
     """`37 %` of a progress that has a total."""
     if not progress or not progress["total"]:
@@ -6122,6 +6112,16 @@ def _table(infos: Iterable[ProcessInfo]) -> Iterator[str]:
     for row in rows:
         cells = (f"{shorten(cell, 40):{width}}" for cell, width in zip(row, widths))
         yield printable("  ".join(cells)).rstrip()
+
+
+def show(infos: Iterable[ProcessInfo], as_json: bool) -> None:
+    """A table on a terminal, elsewhere one JSON object a line."""
+    if as_json or not sys.stdout.isatty():
+        for info in infos:
+            print(json.dumps(info.to_json()))
+        return
+    for line in _table(infos):
+        print(line)
 
 
 def _read_input() -> bytes:
@@ -6175,19 +6175,8 @@ def _variable(name: str) -> str | None:
     return os.environ.get("PROCMAN_" + name.upper()) or None
 
 
-def _default_options() -> Json:
-    """Process options from PROCMAN_* variables, checked."""
-    defaults: Json = {}
-    for name, option in OPTIONS.items():
-        text = None if name in OF_ONE_PROCESS else _variable(name)
-        if text is not None:
-            where = "PROCMAN_" + name.upper()
-            defaults[name] = option.check(_typed(text, option.shown, where), where)
-            try:
-                check_moments({name: defaults[name]})
-            except BadSpec as error:
-                raise BadSpec(f"{where}: {error}") from None
-    return check_defaults(defaults)
+# Of a metavar: what makes its value of a text.
+_TYPES: dict[str, Callable[[str], Any]] = {"N": int, "FACTOR": float}
 
 
 def _typed(text: str, shown: str, where: str) -> Any:
@@ -6204,6 +6193,21 @@ def _typed(text: str, shown: str, where: str) -> Any:
     if text.lower() not in ("0", "1", "false", "true"):
         raise BadSpec(f"{where} must be 1 or 0, not {quoted(text)}")
     return text.lower() in ("1", "true")
+
+
+def _default_options() -> Json:
+    """Process options from PROCMAN_* variables, checked."""
+    defaults: Json = {}
+    for name, option in OPTIONS.items():
+        text = None if name in OF_ONE_PROCESS else _variable(name)
+        if text is not None:
+            where = "PROCMAN_" + name.upper()
+            defaults[name] = option.check(_typed(text, option.shown, where), where)
+            try:
+                check_moments({name: defaults[name]})
+            except BadSpec as error:
+                raise BadSpec(f"{where}: {error}") from None
+    return check_defaults(defaults)
 
 
 def _given_steps(args: argparse.Namespace) -> Json:
@@ -6375,6 +6379,16 @@ def cmd_status(args: argparse.Namespace) -> int:
     indent = 2 if sys.stdout.isatty() and not args.json else None
     print(json.dumps(record, indent=indent))
     return DONE
+
+
+_FILTER_HELP = (
+    ("status", {"metavar": "STATE", "help": "a state, open or final"}),
+    ("name", {"metavar": "TEXT", "help": "the whole name"}),
+    ("queue", {"metavar": "NAME", "help": "the queue it waits in"}),
+    ("since", {"metavar": "TIME", "help": "ended since, or open and created; 5m: ago"}),
+    ("series", {"metavar": "PID", "help": "runs of a schedule, retries of a process"}),
+    ("parent", {"metavar": "PID", "help": "parts of a process"}),
+)
 
 
 def _filters(args: argparse.Namespace) -> Json:
@@ -6629,7 +6643,6 @@ _DATA = ("--data", {"metavar": "JSON", "help": "an object; @FILE; -: standard in
 _STEP = {"action": "append", "default": [], "metavar": "NAME=SPEC"}
 _NUMBER: Json = {"metavar": "N", "type": int}
 _FLAG: Json = {"action": "store_true"}
-_TYPES: dict[str, Callable[[str], Any]] = {"N": int, "FACTOR": float}
 
 
 def _option_argument(name: str, option: Option) -> tuple[str, Json]:
@@ -6644,14 +6657,6 @@ def _option_argument(name: str, option: Option) -> tuple[str, Json]:
 
 
 _OPTION_ARGUMENTS = [_option_argument(*item) for item in OPTIONS.items()]
-_FILTER_HELP = (
-    ("status", {"metavar": "STATE", "help": "a state, open or final"}),
-    ("name", {"metavar": "TEXT", "help": "the whole name"}),
-    ("queue", {"metavar": "NAME", "help": "the queue it waits in"}),
-    ("since", {"metavar": "TIME", "help": "ended since, or open and created; 5m: ago"}),
-    ("series", {"metavar": "PID", "help": "runs of a schedule, retries of a process"}),
-    ("parent", {"metavar": "PID", "help": "parts of a process"}),
-)
 _FILTERS_ARGUMENTS = [(f"--{name}", details) for name, details in _FILTER_HELP]
 
 # name: (function, its arguments as argparse takes them, an example)
