@@ -5650,6 +5650,19 @@ class Runner:
     that one and nothing else.  Installs no signal handlers: call `stop`.
     """
 
+    already_running = False  # another has the lock of a waiting one
+    _number = _claimed = _done = 0
+    _upkeep_after = _prune_after = 0.0  # monotonic
+    _claim_after = 0.0  # monotonic: after a claim that found nothing to take
+    _pruning: Iterator[int] | None = None  # while there is more to do
+    _due: float | None = None  # what the store said ...
+    _due_state: Any = None  # ... in this state of it
+    _busy_since: float | None = None  # monotonic
+    _stopping = False
+    _called = _rung = True
+    _waker: asyncio.Future[None] | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+
     def __init__(
         self,
         manager: ProcessManager,
@@ -5675,7 +5688,6 @@ class Runner:
         self._check(queues, script_args, max_jobs, jobs_per_worker)
         if services is not None:
             check_reference(services, "services")
-        self.already_running = False
         self._store = manager.store
         self._wait, self._max_jobs = wait, max_jobs
         self._queues = sorted({check_queue(queue) for queue in queues})
@@ -5685,7 +5697,6 @@ class Runner:
         self._served = (self._queues, pid, self._concurrency)
         self._keep = seconds(keep, "keep")
         self._token = os.urandom(TOKEN_LENGTH // 2).hex()
-        self._number = 0
         hello = {
             "limit": jobs_per_worker,
             "script_args": list(script_args),
@@ -5695,20 +5706,8 @@ class Runner:
         }
         ttl = seconds(worker_ttl, "worker_ttl")
         size = pool_size(pm, min_workers, max_workers, ttl)
-        files = self._store.run_directory
-        self._pool = Pool(files, self._token, hello, size, self._wake)
+        self._pool = Pool(self._store.run_directory, self._token, hello, size, self._wake)
         self._pool.grace = seconds(grace, "grace")
-        self._claimed = self._done = 0
-        self._upkeep_after = self._prune_after = 0.0
-        self._pruning: Iterator[int] | None = None  # while there is more to do
-        self._due: float | None = None  # what the store said ...
-        self._due_state: Any = None  # ... in this state of it
-        self._claim_after = 0.0  # monotonic: after a claim that found nothing to take
-        self._busy_since: float | None = None
-        self._stopping = False
-        self._called = self._rung = True
-        self._waker: asyncio.Future[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     @staticmethod
     def _check(queues: Any, script_args: Any, *numbers: int | None) -> None:

@@ -9367,6 +9367,26 @@ def test_a_room_uses_only_the_rooms_above_that_it_may_use(house):
     assert not wrong, "\n".join(wrong)
 
 
+def test_nothing_points_forward(house):
+    lines = {}
+    for _, statement in house[0]:
+        inner = ast.walk(statement) if isinstance(statement, ast.If) else [statement]
+        for node in inner:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.append(node.name)
+            for name in names:
+                lines.setdefault(name, statement.lineno)
+    wrong = [
+        f"line {line}: {name} is met at line {lines[name]}"
+        for _, statement in house[0]
+        for name, line in HouseNames(statement).found
+        if lines.get(name, 0) > statement.lineno
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_an_underscored_name_stays_in_its_room(house):
     found, owners = house
     wrong = [
