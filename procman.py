@@ -5254,13 +5254,13 @@ class PoolSize(namedtuple("PoolSize", "least most ttl")):
 
 
 def pool_size(
-    manner: str, least: int | None, most: int | None, ttl: float
+    manner: str, least: int | None, most: int | None, worker_ttl: float | str
 ) -> PoolSize:
     """How many workers: static ignores `most`, ondemand `least`; None: a default."""
     for value, name, low in ((least, "min_workers", 0), (most, "max_workers", 1)):
         if value is not None:
             expect_number(value, name, low, 2**31)
-    many = os.cpu_count() or 1
+    many, ttl = os.cpu_count() or 1, seconds(worker_ttl, "worker_ttl")
     if manner == "static":
         fixed = expect_number(many if least is None else least, "min_workers", 1, 2**31)
         return PoolSize(fixed, fixed, ttl)
@@ -5704,9 +5704,9 @@ class Runner:
             "directory": self._directory(),
             "database": self._store.path,
         }
-        ttl = seconds(worker_ttl, "worker_ttl")
-        size = pool_size(pm, min_workers, max_workers, ttl)
-        self._pool = Pool(self._store.run_directory, self._token, hello, size, self._wake)
+        size = pool_size(pm, min_workers, max_workers, worker_ttl)
+        files = self._store.run_directory
+        self._pool = Pool(files, self._token, hello, size, self._wake)
         self._pool.grace = seconds(grace, "grace")
 
     @staticmethod
