@@ -496,6 +496,10 @@ def _check_interval(value: Any, where: str) -> float:
     return -1.0 if at_once else seconds(value, where)
 
 
+def _check_text(value: Any, where: str) -> str:
+    return str(expect(value, where, str, "a text"))
+
+
 def _check_flag(value: Any, where: str) -> bool:
     return bool(expect(value, where, bool, "true or false"))
 
@@ -535,9 +539,9 @@ OPTIONS: dict[str, Option] = {
     "interval_from": Option(
         "end", _choice("end", "start"), "end|start", "of the run before: what counts"
     ),
-    # Both read by `next_cron`.
+    # Both read by `next_cron`; a line from a crontab may have tabs.
     "cron": Option(
-        None, expect_text, "TEXT", "run again whenever it says: five fields, @daily"
+        None, _check_text, "TEXT", "run again whenever it says: five fields, @daily"
     ),
     "tz": Option("UTC", expect_text, "ZONE", "of cron, as in Europe/Berlin"),
     "timeout": Option(None, _check_timeout, "LENGTH", "end a longer attempt"),
@@ -768,9 +772,9 @@ class Definition:
 
     def once_only(self) -> str:
         """The text of the same, but followed by no other run."""
-        repeating = ("interval", "interval_from", "cron", "tz")
+        schedule = ("interval", "interval_from", "cron", "tz")
         options = {name: self.option(name) for name in OPTIONS}
-        options.update((name, OPTIONS[name].default) for name in repeating)
+        options.update((name, OPTIONS[name].default) for name in schedule)
         return self.text(to_json(dict(self.steps)), options, self.directory)
 
     def likeness(self) -> bytes:

@@ -5908,6 +5908,16 @@ def test_a_retried_run_joins_its_series_but_does_not_carry_it_on(manager, clock)
     assert drain(manager) == 1 and manager.count() == 5  # the series itself goes on
 
 
+def test_a_cron_expression_may_have_tabs_and_be_long(manager, clock):
+    minutes = ",".join(map(str, range(60)))
+    for cron in ("0\t3  *\t* *", f"{minutes} {minutes[:60]} * * *"):
+        assert manager.start_process(steps("steps:nothing", cron=cron))
+    (_, at_three) = manager.list_processes()
+    assert time.strftime("%H:%M", time.gmtime(at_three.due_at)) == "03:00"
+    with pytest.raises(procman.BadType, match="cron must be a text, not int"):
+        steps("steps:nothing", cron=5)
+
+
 def test_what_is_said_to_a_paused_run_is_not_said_to_the_next(manager, clock):
     first = manager.start_process(steps("steps:nothing", interval="1d"), {"n": 1})
     for data in ({"n": 2}, {"m": 3}):
