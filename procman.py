@@ -126,6 +126,7 @@ MAX_CRASHES = 3  # a process that took so many runners along is an error
 MAX_SPAWN_FAILURES = 5  # workers that never came up, in a row: the runner ends
 MAX_STEPS = 10_000  # of one process
 MAX_NAME = 200  # characters of a step's or a process's name
+MAX_CRON = 1000  # characters; all minutes, hours and days in lists take 400
 MAX_JSON_BYTES = 64 << 20  # of one process's data
 MAX_JSON_DEPTH = 200  # of brackets; Python's own parser gives up near 1,000
 MAX_FRAME_BYTES = MAX_JSON_BYTES + (16 << 20)  # of what a worker says at once
@@ -496,8 +497,9 @@ def _check_interval(value: Any, where: str) -> float:
     return -1.0 if at_once else seconds(value, where)
 
 
-def _check_text(value: Any, where: str) -> str:
-    return str(expect(value, where, str, "a text"))
+def _check_cron(value: Any, where: str) -> str:
+    words = expect(value, where, str, "a text").split()  # a crontab may have tabs
+    return expect_text(" ".join(words), where, MAX_CRON)
 
 
 def _check_flag(value: Any, where: str) -> bool:
@@ -539,9 +541,9 @@ OPTIONS: dict[str, Option] = {
     "interval_from": Option(
         "end", _choice("end", "start"), "end|start", "of the run before: what counts"
     ),
-    # Both read by `next_cron`; a line from a crontab may have tabs.
+    # Both read by `next_cron`.
     "cron": Option(
-        None, _check_text, "TEXT", "run again whenever it says: five fields, @daily"
+        None, _check_cron, "TEXT", "run again whenever it says: five fields, @daily"
     ),
     "tz": Option("UTC", expect_text, "ZONE", "of cron, as in Europe/Berlin"),
     "timeout": Option(None, _check_timeout, "LENGTH", "end a longer attempt"),
@@ -1048,7 +1050,6 @@ def check_pid(pid: Any) -> str:
 # the reading of time zone data.
 
 _MAX_GROWN = 86400.0  # seconds
-_MAX_CRON = 1000  # characters; all minutes, hours and days in lists take 400
 _CRON_YEARS = 41  # in which each date comes on each weekday, also around 2100
 _CRON_END = 3e10  # epoch seconds, 2920: Windows knows no date after 3000
 
@@ -1147,8 +1148,8 @@ def _cron_part(part: str, field: _Field) -> range:
 
 
 def _cron_texts(expression: str) -> list[str]:
-    if len(expect(expression, "cron", str, "a text")) > _MAX_CRON:
-        raise BadSpec(f"cron must be at most {_MAX_CRON} characters long")
+    if len(expect(expression, "cron", str, "a text")) > MAX_CRON:
+        raise BadSpec(f"cron must be at most {MAX_CRON} characters long")
     texts = expression.split()
     if texts == ["@reboot"]:
         raise BadSpec("cron: '@reboot' is no time: have the system start procman")
